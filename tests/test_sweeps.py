@@ -1,0 +1,466 @@
+"""Sweeps: what is refused, what is noticed, and that a killed sweep ends in the same rows as an undisturbed one."""
+import getpass
+import json
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from daclip_repro.sweeps import papermill as sweeps
+from daclip_repro.sweeps.papermill import declared_parameters, execute, load_sweep, read_rows, run_sweep, status
+from daclip_repro.sweeps.records import (
+    Run,
+    RunningElsewhere,
+    code_parts,
+    differences,
+    imported_names,
+    input_parts,
+    package_sources,
+    run_id,
+    save_rows,
+    write_atomic,
+)
+
+DEFAULTS = "seed = 0\nsteps = 10\nrate = 0.5\nmethod = 'posterior'\nsize = (64, 64)\nrun_dir = ''"
+BODY = """import random
+from daclip_repro.sweeps.records import save_rows
+draw = random.Random(f'{seed} {method}')
+save_rows([dict(photo=p, psnr=draw.random()) for p in ('chelsea', 'coffee')], run_dir)"""
+TINY = dict(grid=dict(method=['sde', 'posterior'], seed=[0, 1, 2]))
+
+
+def notebook(path, *sources, parameters=DEFAULTS):
+    cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=tags), source=source, outputs=[], execution_count=None)
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    cells = ([cell(parameters, 'parameters')] if parameters else []) + [cell(s) for s in sources]
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=4, metadata=kernel, cells=cells)))
+    return path
+
+
+def sweep_file(folder, profile=TINY, *sources, name='tiny'):
+    "A sweep file (JSON is YAML) and its notebook."
+    notebook(folder/f'{name}.ipynb', *(sources or [BODY]))
+    path = folder/f'{name}.yaml'
+    path.write_text(json.dumps(dict(notebook=f'{name}.ipynb', profiles=dict(miniature=dict(time_limit_minutes=5) | profile))))
+    return path
+
+
+def python(code, **kwargs):
+    return subprocess.Popen([sys.executable, '-c', code], **kwargs)
+
+
+def sweep_process(path, **kwargs):
+    return python(f'from daclip_repro.sweeps.papermill import run_sweep; s = run_sweep({str(path)!r}); print(s.ran); exit(s.exit_code)',
+                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited too long'
+        time.sleep(.05)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A sweep of six runs that nothing disturbed."
+    path = sweep_file(tmp_path_factory.mktemp('finished'))
+    summary = run_sweep(path, progress=False)
+    assert (summary.total, summary.ran, summary.failed) == (6, 6, {})
+    return path
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+def test_killed_three_times_ends_in_the_same_rows(finished, tmp_path):
+    path, moments = sweep_file(tmp_path), random.Random()
+    for _ in range(3):
+        process = sweep_process(path)
+        time.sleep(moments.uniform(.5, 5))
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        psutil.wait_procs(family, timeout=30)
+        assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 'a process outlived its sweep'
+        assert set(status(path).status) <= {'done', 'not run'}
+    assert run_sweep(path, progress=False).failed == {}
+    assert read_rows(path).equals(read_rows(finished))
+
+
+def test_killed_child_fails_alone_and_is_made_up_for(tmp_path):
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1])), 'import time; time.sleep(2)', BODY)
+    process = sweep_process(path)
+    wait_for(lambda: psutil.Process(process.pid).children())
+    psutil.Process(process.pid).children()[0].kill()
+    _, err = process.communicate()
+    assert process.returncode == 1 and 'its process was killed (SIGKILL)' in err
+    assert sorted(status(path).status) == ['done', 'not run']
+    assert run_sweep(path, progress=False).ran == 1 and len(read_rows(path)) == 4
+
+
+def test_two_processes_share_the_work(tmp_path):
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1, 2])), f"open(r'{tmp_path}/count', 'a').write('x')", BODY)
+    processes = [sweep_process(path) for _ in range(2)]
+    ran = [int(p.communicate()[0]) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0] and sum(ran) == 3
+    assert (tmp_path/'count').read_text() == 'xxx', 'a run was executed twice'
+    assert len(read_rows(path)) == 6
+
+
+def test_ctrl_c_stops_everything_and_blames_nobody(tmp_path):
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1])),
+                      BODY, "open(run_dir + '/here', 'w').close()\nimport time; time.sleep(600)", 'seed')
+    process = sweep_process(path, start_new_session=True)
+    runs = load_sweep(path).runs()
+    wait_for(lambda: all((r.folder/'here').exists() for r in runs))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and not [p for p in family if p.is_running()]
+    assert list(status(path).status) == ['not run', 'not run']
+    cells = json.loads((runs[0].folder/'executed.ipynb').read_text())['cells']
+    assert [c['metadata']['papermill']['status'] for c in cells] == ['completed', 'completed', 'completed', 'failed', 'pending']
+
+
+def test_failures_say_why_and_leave_no_record(tmp_path):
+    # the alarm of the time limit is set off early, so that it certainly rings in the middle of a cell
+    body = (f'{BODY}\nimport os, signal, time\nif seed == 1: raise RuntimeError("no such luck")\n'
+            'if seed == 2: os.kill(os.getpid(), signal.SIGKILL)\nif seed == 3: os.kill(os.getppid(), signal.SIGALRM), time.sleep(600)')
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1, 2, 3])), body, 'seed')
+    summary = run_sweep(path, progress=False)
+    assert summary.exit_code == 1 and summary.ran == 1
+    assert summary.failed['seed=1'].endswith('RuntimeError: no such luck')
+    assert 'kernel died' in summary.failed['seed=2'] and 'time limit of 5 minutes' in summary.failed['seed=3']
+    for run, kind in zip(load_sweep(path).runs()[1:], ['code', 'kernel died', 'time limit']):
+        assert run.status() == 'failed' and run.failure()['kind'] == kind
+        assert not (run.folder/'record.json').exists() and (run.folder/'executed.ipynb').exists()
+        cells = json.loads((run.folder/'executed.ipynb').read_text())['cells']
+        assert [c['metadata']['papermill']['status'] for c in cells if c['cell_type'] == 'code'][-2:] == ['failed', 'pending']
+    assert list(read_rows(path).seed) == [0, 0]
+
+
+def test_time_limit_ends_a_run(tmp_path):
+    path = sweep_file(tmp_path, dict(time_limit_minutes=.02), 'import time; time.sleep(600)', BODY)
+    assert 'time limit of 0.02 minutes' in next(iter(run_sweep(path, progress=False).failed.values()))
+    assert status(path).status[0] == 'failed'
+
+
+def test_without_rows_a_run_is_not_done(tmp_path):
+    path = sweep_file(tmp_path, {}, 'seed')
+    assert 'without writing rows.csv' in run_sweep(path, progress=False).failed[load_sweep(path).runs()[0].label]
+
+
+def test_edit_during_the_run_is_noticed(tmp_path):
+    path = sweep_file(tmp_path, {}, BODY, "nb = open('tiny.ipynb').read().replace('0.5', '0.6')\nopen('tiny.ipynb', 'w').write(nb)")
+    assert 'was edited during the run' in next(iter(run_sweep(path, progress=False).failed.values()))
+
+
+def test_kernel_start_is_tried_again(tmp_path, monkeypatch):
+    from jupyter_client.manager import AsyncKernelManager
+    start, attempts = AsyncKernelManager.start_kernel, []
+    async def fails_twice(self, **kwargs):
+        attempts.append(1)
+        if len(attempts) < 3: raise RuntimeError('Kernel died before replying to kernel_info')
+        return await start(self, **kwargs)
+    monkeypatch.setattr(AsyncKernelManager, 'start_kernel', fails_twice)
+    execute(notebook(tmp_path/'a.ipynb', BODY), tmp_path/'out.ipynb', dict(run_dir=tmp_path))
+    assert len(attempts) == 3 and (tmp_path/'rows.csv').exists()
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+def test_second_call_is_quick_and_light(finished):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = python(f'import sys; from daclip_repro.sweeps.papermill import run_sweep; print(run_sweep({str(finished)!r}).skipped); '
+                     'print({"torch", "papermill", "pandas", "nbformat"} & set(sys.modules))', text=True, stdout=subprocess.PIPE)
+    assert process.communicate()[0].split() == ['6', 'set()']
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.parametrize('file', ['parameters.json', 'provenance.json', 'executed.ipynb', 'rows.csv', 'log.txt', 'record.json'])
+@pytest.mark.parametrize('deleted', [True, False])
+def test_tampering_is_noticed(finished, file, deleted):
+    run = load_sweep(finished).runs()[0]
+    path, content = run.folder/file, (run.folder/file).read_bytes()
+    edited = content.replace(b'tiny', b'tidy') if file == 'record.json' else content + b'\n'
+    try:
+        path.unlink() if deleted else path.write_bytes(edited)
+        assert run.status() == ('not run' if deleted and file == 'record.json' else 'tampered')
+        assert len(read_rows(finished)) == 10
+    finally: path.write_bytes(content)
+    assert run.status() == 'done'
+
+
+def test_tampered_run_is_made_again(tmp_path, finished):
+    path = sweep_file(tmp_path, dict(grid=dict(method=['sde'], seed=[0])))
+    run_sweep(path, progress=False)
+    run = load_sweep(path).runs()[0]
+    (run.folder/'rows.csv').write_text('photo,psnr\nchelsea,99\n')
+    assert (list(status(path).status), len(read_rows(path))) == (['tampered'], 0)
+    assert run_sweep(path, progress=False).ran == 1
+    assert list(read_rows(path).psnr) == list(read_rows(finished).psnr[:2])
+
+
+def test_records_name_no_machine(finished):
+    for run in load_sweep(finished).runs()[:2]:
+        for path in run.folder.glob('*.json'):
+            text = path.read_text()
+            assert str(Path.home()) not in text and str(finished.parent) not in text and socket.gethostname() not in text
+            assert f'"{getpass.getuser()}"' not in text
+        source = json.loads((run.folder/'provenance.json').read_text())
+        assert source['packages']['papermill'] and source['seed'] == run.parameters['seed']
+        assert json.loads((run.folder/'executed.ipynb').read_text())['metadata']['papermill']['output_path'] == 'executed.ipynb'
+
+
+def test_rows_keep_every_digit_and_carry_their_parameters(finished):
+    rows = read_rows(finished)
+    draw = random.Random('1 posterior')
+    mine = rows[(rows.seed == 1) & (rows.method == 'posterior')]
+    assert list(mine.psnr) == [draw.random(), draw.random()]
+    assert list(mine.steps) == [10, 10] and list(mine['size']) == ['[64,64]'] * 2 and mine.run.nunique() == 1
+
+
+def test_lock_is_held_until_the_last_heir_is_gone(tmp_path):
+    run = Run('toy', {}, {}, tmp_path)
+    with run.lock() as fd:
+        heir = python('import time; time.sleep(60)', pass_fds=[fd])
+        with pytest.raises(RunningElsewhere), run.lock(): pass
+    assert run.running()
+    heir.kill(), heir.wait()
+    assert not run.running()
+
+
+def test_begin_keeps_what_a_notebook_resumes_from(tmp_path):
+    run = Run('toy', {}, {}, tmp_path)
+    run.begin()
+    (run.folder/'checkpoint.pt').write_text('step 100')
+    (run.folder/'rows.csv').write_text('half')
+    run.begin()
+    assert sorted(p.name for p in run.folder.iterdir()) == ['checkpoint.pt', 'parameters.json']
+
+
+def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
+    (tmp_path/'a').write_text('old')
+    with pytest.raises(UnicodeEncodeError): write_atomic(tmp_path/'a', 'x' * 10**6 + '\ud800')
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
+
+
+@pytest.mark.parametrize('rows', [[], [dict(a=1), dict(b=1)]])
+def test_save_rows_refuses(rows, tmp_path):
+    with pytest.raises(ValueError, match='rows.csv: needs'): save_rows(rows, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def toy(tmp_path):
+    files = {'pkg/__init__.py': '', 'pkg/a.py': 'from . import b', 'pkg/b.py': 'def f():\n    from .sub.c import x',
+             'pkg/sub/__init__.py': '', 'pkg/sub/c.py': 'x = 1', 'pkg/other.py': '', 'pkg/_modidx.py': '', 'pkg/table.json': '{}',
+             'pkg/by_name.py': 'import importlib\nimportlib.import_module("pkg.other")', 'pkg/weights/w.safetensors': '1',
+             'pkg/weights/w.md': 'card', 'pkg/weights/w2.safetensors': '2', 'photos/a.png': 'a', 'own/w.safetensors': '3'}
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize('code, reached', [
+    ('import pkg.a', {'a.py', 'b.py', 'sub/c.py', 'sub/__init__.py'}), ('from pkg import other', {'other.py'}),
+    ('from pkg.sub.c import *', {'sub/c.py', 'sub/__init__.py'}), ('import torch', None),
+    ('from pkg import by_name', {'a.py', 'b.py', 'sub/c.py', 'sub/__init__.py', 'other.py', 'by_name.py'}),
+    ('not valid python', {'a.py', 'b.py', 'sub/c.py', 'sub/__init__.py', 'other.py', 'by_name.py'})])
+def test_sources_follow_imports(toy, code, reached):
+    expected = {'table.json'} | ({'__init__.py'} | reached if reached else set())
+    assert set(package_sources(code, toy/'pkg')) == expected
+
+
+def test_relative_imports(): assert imported_names('from ..photos import load', 'pkg.sub') == {'pkg.photos', 'pkg.photos.load'}
+
+
+def test_weights_and_photos_count_by_content(toy):
+    def id(**parameters): return run_id(dict(parameters=parameters) | input_parts(parameters, toy, toy/'pkg'))
+    one = dict(weights='w', teacher_weights='own/w.safetensors', photos='photos')
+    start = id(**one)
+    for file, changes in {'pkg/weights/w.safetensors': True, 'pkg/weights/w.md': False, 'pkg/weights/w2.safetensors': False,
+                          'own/w.safetensors': True, 'photos/a.png': True, 'photos/b.png': True}.items():
+        old = (toy/file).read_text() if (toy/file).exists() else None
+        (toy/file).write_text('changed')
+        assert (id(**one) != start) == changes, file
+        (toy/file).write_text(old) if old else (toy/file).unlink()
+    assert id(**one) == start
+    absent = dict(weights={'weights: absent': 'no such file'}, photos={'photos: ': 'no such folder'})
+    assert input_parts(dict(weights='absent', photos=''), toy, toy/'pkg') == absent
+    assert 'scikit-image 0' in input_parts(dict(photos='packaged'), toy)['photos']['photos: packaged']
+
+
+def test_resources_and_order_are_not_identity(tmp_path):
+    ids = lambda: {r.id for r in load_sweep(tmp_path/'tiny.yaml').runs()}
+    sweep_file(tmp_path)
+    first = ids()
+    sweep_file(tmp_path, dict(grid=dict(seed=[2, 1, 0], method=['posterior', 'sde']), workers=7, threads=3, time_limit_minutes=1))
+    assert ids() == first
+    nb = json.loads((tmp_path/'tiny.ipynb').read_text())
+    nb['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='hi')]
+    (tmp_path/'tiny.ipynb').write_text(json.dumps(nb))
+    assert ids() == first
+    notebook(tmp_path/'tiny.ipynb', BODY + '\n')
+    assert not ids() & first
+
+
+def test_int_for_a_float_and_list_for_a_tuple_are_the_same_run(tmp_path):
+    id = lambda **p: load_sweep(sweep_file(tmp_path, dict(parameters=p))).runs()[0].id
+    assert id(rate=1, size=[32, 32]) == id(size=[32, 32], rate=1.0)
+    assert id(seed=0) == id()
+
+
+def test_status_says_why_a_run_is_stale(tmp_path):
+    path = sweep_file(tmp_path, {})
+    run = load_sweep(path).runs()[0]
+    run.begin(), save_rows([dict(a=1)], str(run.folder)), run.seal()
+    assert status(path).status[0] == 'done'
+    notebook(tmp_path/'tiny.ipynb', BODY, '1 + 1')
+    assert (status(path).status[0], status(path).note[0]) == ('not run', 'changed: notebook')
+    assert differences(dict(package=dict(a=1)), dict(package=dict(a=1, b=2))) == ['package: b']
+    assert set(code_parts(tmp_path/'tiny.ipynb')['package']) >= {'sweeps/records.py'}
+
+
+# -- strict parameters ------------------------------------------------------------------------------------------------
+
+def test_values_arrive_as_they_are(tmp_path):
+    values = dict(text='a "quoted" \\ {brace} \n ü', pair=(1, (2, 3)), table={'k': [1, None, True]}, path=tmp_path/'x', small=1e-9)
+    folder = tmp_path/'{odd} {0} name'
+    folder.mkdir()
+    cell = "text = ''\npair: tuple[int, tuple] = (0, (0,))\ntable = {}\npath = ''\nsmall = 0.1"
+    nb = notebook(folder/'{nb}.ipynb', 'repr((text, pair, table, path, small))', parameters=cell)
+    execute(nb, folder/'{out}.ipynb', values)
+    shown = json.loads((folder/'{out}.ipynb').read_text())['cells'][-1]['outputs'][0]['data']['text/plain']
+    expected = repr((values['text'], values['pair'], values['table'], str(values['path']), values['small']))
+    assert eval(''.join(shown)) == expected  # noqa: S307
+
+
+@pytest.mark.parametrize('name, value', [
+    ('seed', '0'), ('seed', True), ('seed', 1.0), ('seed', None), ('rate', '0.5'), ('rate', float('nan')), ('method', 1), ('size', 64),
+    ('method', object()), ('sede', 0)])
+def test_wrong_values_never_start(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name) as error: execute(notebook(tmp_path/'a.ipynb', BODY), tmp_path/'out.ipynb', {name: value})
+    assert '\n' not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ['a.ipynb']
+
+
+@pytest.mark.parametrize('cell, expected', [
+    ('a = 1\nb = a + 1', 'line 2: b needs a plain value'), ('import os', "line 1: expected 'name = value'"),
+    ('a = ', 'line 1: invalid syntax'), ('a, b = 1, 2', "'name = value'"), ('a: Path = "x"', 'the type of a must be made of'),
+    ('a: __import__("os") = 1', 'the type of a must be made of'), ('a: int = "x"', "'x' is not of type int"),
+    ('a = {1, 2}', 'is not plain data')])
+def test_parameters_cell_is_checked(tmp_path, cell, expected):
+    with pytest.raises(ValueError) as error: declared_parameters(notebook(tmp_path/'a.ipynb', parameters=cell))
+    assert expected in str(error.value) and '\n' not in str(error.value)
+
+
+def test_annotations_are_types(tmp_path):
+    cell = "a: list[int] = []\nb: int|None = None\nc: Literal['x', 'y'] = 'x'\nd = None"
+    declared = declared_parameters(notebook(tmp_path/'a.ipynb', parameters=cell))
+    assert (declared['a'].fit([1]), declared['b'].fit(3), declared['c'].fit('y'), declared['d'].fit('any')) == ([1], 3, 'y', 'any')
+    for name, value in [('a', ['1']), ('b', 'x'), ('c', 'z')]:
+        with pytest.raises(ValueError, match='is not of type'): declared[name].fit(value)
+
+
+# -- malformed sweep files --------------------------------------------------------------------------------------------
+
+GOOD = 'notebook: tiny.ipynb\nprofiles:\n  miniature:\n    grid: {seed: [0, 1]}\n'
+MALFORMED = {
+    'unknown key': (GOOD + 'sede: 1', "line 5: sede: unknown key"),
+    'unknown key of a profile': (GOOD.replace('grid', 'gird'), "line 4: profiles.miniature.gird: unknown key; did you mean 'grid'?"),
+    'empty grid': (GOOD.replace('{seed: [0, 1]}', '{}'), 'line 4: profiles.miniature.grid: must not be empty'),
+    'empty list': (GOOD.replace('[0, 1]', '[]'), 'line 4: profiles.miniature.grid.seed: must not be empty'),
+    'wrong type in the grid': (GOOD.replace('[0, 1]', '[0, one]'), "line 4: profiles.miniature.grid.seed.1: 'one' is not of type int"),
+    'not a list': (GOOD.replace('[0, 1]', '3'), 'profiles.miniature.grid.seed: should be a valid list'),
+    'wrong type of a setting': (GOOD + '    workers: two', "line 5: profiles.miniature.workers: should be a valid integer"),
+    'no workers': (GOOD + '    workers: 0', 'profiles.miniature.workers: should be greater than or equal to 1'),
+    'unknown parameter': (GOOD.replace('seed', 'sede'),
+                          "line 4: profiles.miniature.grid.sede: unknown parameter of tiny.ipynb; did you mean 'seed'?"),
+    'unknown fixed parameter': (GOOD + '    parameters: {stepz: 3}',
+                                "line 5: profiles.miniature.parameters.stepz: unknown parameter of tiny.ipynb; did you mean 'steps'?"),
+    'wrong fixed type': (GOOD + '    parameters:\n      rate: 1e-4',
+                         "line 6: profiles.miniature.parameters.rate: '1e-4' is not of type float, "
+                         'as the default 0.5 in the notebook; YAML'),
+    'date': (GOOD.replace('seed: [0, 1]', 'method: [2024-01-01]'), 'is not plain data'),
+    'not finite': (GOOD.replace('seed: [0, 1]', 'rate: [.inf]'), 'is not plain data'),
+    'run_dir': (GOOD.replace('seed: [0, 1]', 'run_dir: [x]'), 'is set by the sweep itself'),
+    'twice in the grid': (GOOD.replace('[0, 1]', '[0, 0]'), 'a value stands there twice'),
+    'fixed and varied': (GOOD + '    parameters: {seed: 1}', 'stands in both parameters and grid'),
+    'object tag': (GOOD.replace('[0, 1]', '!!python/object/apply:os.system ["touch pwned"]'), 'line 4: tags (!...) are not allowed here'),
+    'not YAML': (GOOD + '  }{', 'line 5: '),
+    'unclosed': (GOOD.replace(']}', ''), 'tiny.yaml, line'),
+    'key twice': (GOOD + '    grid: {seed: [2]}', "line 5: the key 'grid' stands here a second time"),
+    'empty file': ('', 'expected a mapping'),
+    'not a mapping': ('- a\n- b', 'expected a mapping'),
+    'binary': (b'\xff\xfe\x00', 'not a text file in UTF-8'),
+    'control characters': ('a: \x07', 'not valid YAML'),
+    'self-reference': ('&a [*a]', 'tiny.yaml'),
+    'too deep': ('[' * 600, 'not valid YAML'),
+    'missing notebook key': (GOOD.replace('notebook: tiny.ipynb\n', ''), 'notebook: this key is missing'),
+    'missing notebook': (GOOD.replace('tiny.ipynb', 'tony.ipynb'), 'line 1: notebook: no such notebook'),
+    'notebook elsewhere': (GOOD.replace('tiny', '../tiny'), 'line 1: notebook: expected the file name of a notebook in the same folder'),
+    'absolute notebook': (GOOD.replace('tiny', '/etc/tiny'), 'expected the file name of a notebook in the same folder'),
+    'not a notebook': (GOOD.replace('tiny.ipynb', 'text.ipynb'), 'text.ipynb: not a Jupyter notebook'),
+    'no parameters cell': (GOOD.replace('tiny.ipynb', 'bare.ipynb'), "bare.ipynb: expected one cell tagged 'parameters', found none"),
+    'no run_dir': (GOOD.replace('tiny.ipynb', 'lost.ipynb'), "lost.ipynb: the parameters cell needs the line run_dir = ''"),
+    'exclusion of nothing': (GOOD + '    exclude: [{seed: 7}]', 'line 5: profiles.miniature.exclude.0: excludes nothing'),
+    'exclusion of everything': (GOOD + '    exclude: [{seed: [0, 1]}]', 'leaves no run'),
+    'exclusion by another key': (GOOD + '    exclude: [{sead: 0}]', "is not in the grid; did you mean 'seed'?"),
+    'nameless claim': (GOOD + 'claims: [{row: 1}]', "line 5: claims.0: a claim needs a 'name'"),
+    'claim of text': (GOOD + 'claims: [better]', 'claims.0: expected a mapping'),
+}
+
+
+@pytest.mark.parametrize('case', MALFORMED)
+def test_malformed_sweep_files(tmp_path, case):
+    text, expected = MALFORMED[case]
+    notebook(tmp_path/'tiny.ipynb', BODY)
+    notebook(tmp_path/'bare.ipynb', BODY, parameters=None)
+    notebook(tmp_path/'lost.ipynb', BODY, parameters='seed = 0')
+    (tmp_path/'text.ipynb').write_text('hello')
+    (tmp_path/'tiny.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError) as error: run_sweep(tmp_path/'tiny.yaml', progress=False)
+    assert expected in str(error.value) and '\n' not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before and not Path('pwned').exists()
+
+
+def test_what_is_not_there(tmp_path):
+    path = sweep_file(tmp_path)
+    with pytest.raises(ValueError, match="no profile 'minature'; did you mean 'miniature'?"): run_sweep(path, 'minature')
+    with pytest.raises(FileNotFoundError, match='no such sweep file'): load_sweep(tmp_path/'absent.yaml')
+    with pytest.raises(ValueError, match='workers: expected at least 1'): run_sweep(path, workers=0)
+
+
+def test_root_that_cannot_be_a_folder(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(NotADirectoryError): run_sweep(sweep_file(tmp_path), root=tmp_path/'file')
+
+
+def test_exclusions_and_order(tmp_path):
+    path = sweep_file(tmp_path, TINY | dict(exclude=[dict(method='sde', seed=[0, 1]), dict(seed=2, method='posterior')]))
+    expected = [dict(method='sde', seed=2), dict(method='posterior', seed=0), dict(method='posterior', seed=1)]
+    assert [r.point for r in load_sweep(path).runs()] == expected
+    path = sweep_file(tmp_path, dict(grid=dict(size=[[64, 64], [32, 32]], rate=[1, 2]), exclude=[dict(size=[32, 32], rate=1)]))
+    assert [r.point['size'] for r in load_sweep(path).runs()] == [(64, 64), (64, 64), (32, 32)]
+
+
+def test_default_root(tmp_path, monkeypatch):
+    monkeypatch.delenv('DACLIP_RUNS', raising=False)
+    (tmp_path/'experiments').mkdir()
+    assert sweeps.default_root(tmp_path/'experiments'/'a.yaml') == tmp_path/'experiments'/'runs'
+    (tmp_path/'settings.ini').touch()
+    assert sweeps.default_root(tmp_path/'experiments'/'a.yaml') == tmp_path/'results'/'runs'
+    monkeypatch.setenv('DACLIP_RUNS', str(tmp_path/'elsewhere'))
+    assert sweeps.default_root(tmp_path/'experiments'/'a.yaml') == tmp_path/'elsewhere'
