@@ -6,18 +6,20 @@
 __all__ = ['DEGRADATIONS', 'Draws', 'smooth_field', 'motion_kernel', 'filter_each', 'noisy', 'jpeg_compressed', 'uncompleted',
            'motion_blurry', 'hazy', 'low_light', 'rainy', 'snowy', 'shadowed', 'raindrop', 'degrade']
 
-# %% ../nbs/00_degradations.ipynb #48682312
+# %% ../nbs/00_degradations.ipynb #680f9752
+from io import BytesIO
 from zlib import crc32
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
-# %% ../nbs/00_degradations.ipynb #07fcb6d0
+# %% ../nbs/00_degradations.ipynb #4376f39a
 DEGRADATIONS = ('motion-blurry', 'hazy', 'jpeg-compressed', 'low-light', 'noisy', 'raindrop', 'rainy', 'shadowed', 'snowy', 'uncompleted')
 
-# %% ../nbs/00_degradations.ipynb #ca1b27c2
+# %% ../nbs/00_degradations.ipynb #88425b82
 class Draws:
     "Random numbers for a batch in which image i depends on its own seed only."
     def __init__(self,
@@ -37,7 +39,7 @@ class Draws:
     def normal(self, *shape:int) -> Tensor: # B×shape, standard normal
         return torch.stack([torch.randn(shape, generator=g) for g in self.rngs])
 
-# %% ../nbs/00_degradations.ipynb #05b99401
+# %% ../nbs/00_degradations.ipynb #c9d45c8c
 def smooth_field(
     draws:Draws, # source of randomness
     height:int, width:int, # size in pixels
@@ -48,7 +50,7 @@ def smooth_field(
     std, mean = torch.std_mean(field, dim=(2, 3), keepdim=True, correction=0)
     return (field - mean) / std.clamp_min(1e-6)
 
-# %% ../nbs/00_degradations.ipynb #3c0c51e2
+# %% ../nbs/00_degradations.ipynb #ea48d8e3
 def motion_kernel(
     length:Tensor, # B×1×1×1, length of the path in pixels
     angle:Tensor, # B×1×1×1, radians
@@ -65,7 +67,7 @@ def motion_kernel(
     kernel = torch.exp(-2 * ((grid - x)**2 + (grid[:, None] - y)**2)).sum(1, keepdim=True)
     return kernel / kernel.sum(dim=(2, 3), keepdim=True)
 
-# %% ../nbs/00_degradations.ipynb #0d45b699
+# %% ../nbs/00_degradations.ipynb #3e2567cb
 def filter_each(
     images:Tensor, # B×C×H×W
     kernels:Tensor, # B×1×k×k, k odd
@@ -76,7 +78,7 @@ def filter_each(
     padded = F.pad(images, (r,) * 4, mode='replicate').reshape(1, b * c, h + 2 * r, w + 2 * r)
     return F.conv2d(padded, kernels.repeat_interleave(c, 0), groups=b * c).view(b, c, h, w)
 
-# %% ../nbs/00_degradations.ipynb #75e11fa2
+# %% ../nbs/00_degradations.ipynb #69e7e3f1
 _MAKERS = {}
 
 def _degradation(word):
@@ -86,21 +88,30 @@ def _degradation(word):
         return f
     return register
 
-# %% ../nbs/00_degradations.ipynb #985614d7
+# %% ../nbs/00_degradations.ipynb #6fb5d71e
 @_degradation('noisy')
 def noisy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Gaussian noise; sigma = 50 grey levels at severity 1."
     return hq + severity * 50 / 255 * draws.normal(*hq.shape[1:])
 
-# %% ../nbs/00_degradations.ipynb #cf9eaa1e
+# %% ../nbs/00_degradations.ipynb #6e5ced96
+def _through_jpeg(
+    pixels:Tensor, # H×W×3, uint8
+    quality:int, # 1..100, as libjpeg counts it
+) -> Tensor: # H×W×3, uint8
+    "Compress and decompress, with the colour at half resolution as is usual."
+    file = BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, 'JPEG', quality=quality)
+    return torch.from_numpy(np.array(Image.open(file)))
+
 @_degradation('jpeg-compressed')
 def jpeg_compressed(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "JPEG; quality = 10 at severity 1, 10/severity elsewhere."
     quality = (10 / severity.flatten().clamp_min(.1)).round().clamp(1, 100).int().tolist()
-    pixels = (hq.clamp(0, 1) * 255).round().to(torch.uint8)
-    return torch.stack([decode_jpeg(encode_jpeg(x, quality=q)) for x, q in zip(pixels, quality)]).float() / 255
+    pixels = (hq.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return torch.stack([_through_jpeg(x, q) for x, q in zip(pixels, quality)]).permute(0, 3, 1, 2).float() / 255
 
-# %% ../nbs/00_degradations.ipynb #b116772d
+# %% ../nbs/00_degradations.ipynb #71bf1ec1
 @_degradation('uncompleted')
 def uncompleted(hq:Tensor, draws:Draws, severity:Tensor, strokes:int=3, turns:int=4) -> Tensor:
     "White brush strokes; 4 % of the short side wide at severity 1."
@@ -120,7 +131,7 @@ def uncompleted(hq:Tensor, draws:Draws, severity:Tensor, strokes:int=3, turns:in
         at = at + step
     return torch.where(hole[:, None], 1., hq)
 
-# %% ../nbs/00_degradations.ipynb #b846f901
+# %% ../nbs/00_degradations.ipynb #11886826
 @_degradation('motion-blurry')
 def motion_blurry(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Blur along a bent path; 6 to 12 pixels long at severity 1."
@@ -129,7 +140,7 @@ def motion_blurry(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     # a path of no length still is a dot of half a pixel; fade to the sharp image below one pixel
     return torch.lerp(hq, blurred, (length / 2).clamp(0, 1))
 
-# %% ../nbs/00_degradations.ipynb #0e4e1ce5
+# %% ../nbs/00_degradations.ipynb #4388c5cb
 @_degradation('hazy')
 def hazy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Atmospheric scattering with an invented depth map."
@@ -139,7 +150,7 @@ def hazy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     air = draws.uniform(.75, .95) + draws.uniform(-.03, .03, 3, 1, 1)
     return hq * transmission + air * (1 - transmission)
 
-# %% ../nbs/00_degradations.ipynb #f99eb448
+# %% ../nbs/00_degradations.ipynb #199465e2
 @_degradation('low-light')
 def low_light(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Underexposure by a factor of 20 to 60 in linear light, with shot and read noise."
@@ -147,7 +158,7 @@ def low_light(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     noise = (severity * (2e-5 * light + 1e-7)).sqrt() * draws.normal(*hq.shape[1:])
     return (light + noise).clamp_min(0)**(1 / 2.2)
 
-# %% ../nbs/00_degradations.ipynb #fbbf5336
+# %% ../nbs/00_degradations.ipynb #c1b555e6
 @_degradation('rainy')
 def rainy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Two layers of bright streaks, added."
@@ -158,7 +169,7 @@ def rainy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
         rain = rain + filter_each(drops, motion_kernel(length, angle)) * length * draws.uniform(.35, .6)
     return hq + rain.clamp_max(.9)
 
-# %% ../nbs/00_degradations.ipynb #77abc838
+# %% ../nbs/00_degradations.ipynb #156fbb54
 @_degradation('snowy')
 def snowy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "Soft white flakes of three sizes, blended over the image."
@@ -171,7 +182,7 @@ def snowy(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
         clear = clear * (1 - alpha.clamp(0, 1))
     return hq * clear + .97 * (1 - clear)
 
-# %% ../nbs/00_degradations.ipynb #ace9b04c
+# %% ../nbs/00_degradations.ipynb #34a90f6d
 @_degradation('shadowed')
 def shadowed(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     "A soft-edged shadow over about half of the image, darker in red than in blue."
@@ -180,7 +191,7 @@ def shadowed(hq:Tensor, draws:Draws, severity:Tensor) -> Tensor:
     lit = draws.uniform(.35, .6) * torch.tensor([.9, 1., 1.15]).view(1, 3, 1, 1)
     return hq * (1 - shade * (1 - lit.clamp(0, 1)**severity))
 
-# %% ../nbs/00_degradations.ipynb #b97d960a
+# %% ../nbs/00_degradations.ipynb #b1408033
 @_degradation('raindrop')
 def raindrop(hq:Tensor, draws:Draws, severity:Tensor, drops:int=12) -> Tensor:
     "Round lenses on the pane: an inverted, blurred, slightly brightened view inside each."
@@ -200,7 +211,7 @@ def raindrop(hq:Tensor, draws:Draws, severity:Tensor, drops:int=12) -> Tensor:
     lens = F.grid_sample(soft, grid, mode='bilinear', padding_mode='reflection', align_corners=True) * .85 + .12
     return torch.lerp(hq, lens, cover[:, None])
 
-# %% ../nbs/00_degradations.ipynb #463f5a59
+# %% ../nbs/00_degradations.ipynb #5d03d647
 def degrade(
     hq:Tensor, # clean image(s), B×3×H×W or 3×H×W, RGB in [0,1]
     degradation:str, # one of `DEGRADATIONS`

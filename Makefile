@@ -1,0 +1,37 @@
+# `make` lists what there is to do. Everything runs in .venv, which `make setup` makes from constraints.txt.
+SHELL := bash
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+# One thread a process: the sweep and the tests run several processes, and torch would give each of them every core.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab bench docs clean
+
+help:       ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup:      ## make .venv from constraints.txt and install the package and its git hooks (does nothing when up to date)
+	@PYTHON='$(PYTHON)' bash .ci/setup
+
+reproduce: setup ## run the miniature sweep, then write its table and figures to results/ and the README (continues where it stopped)
+	@$(BIN)/daclip sweep experiments/sampling.yaml --workers $(WORKERS)
+	@$(BIN)/daclip tables experiments/sampling.yaml
+	@$(BIN)/daclip readme
+
+test: setup ## all checks: notebooks in step with the package, README, ruff, notebooks, pytest
+	@WORKERS=$(WORKERS) bash .ci/test
+
+lab: setup  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+bench: setup ## time the parts that take long (tests/bench_*.py)
+	@shopt -s nullglob; for f in tests/bench_*.py; do echo "== $$f"; $(BIN)/python "$$f" || exit; done
+
+docs: setup ## build the notebooks as a web site in _docs/ (offline)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "The book is in _docs/index.html"
+
+clean:      ## remove what tools made (.venv and the run records stay)
+	rm -rf _docs site build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

@@ -1,0 +1,393 @@
+"Tables, statistics and figures: what must hold whatever the experiment."
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from daclip_repro.tables import figures as fig
+from daclip_repro.tables import statistics as st
+from daclip_repro.tables import tables as tb
+
+PUBLISHED = Path(__file__).parent.parent/'results'/'published.csv'
+CLAIM = dict(name='posterior beats sde', metric='psnr', better={'method': 'posterior', 'steps': 100}, than={'method': 'sde', 'steps': 100})
+
+
+@pytest.fixture(scope='module')
+def rows(): return st.synthetic_rows(photos=7, steps=(10, 100), seeds=2, degradations=('hazy', 'noisy', 'rainy'), seed=1)
+
+
+def line(table, method, steps=100, degradation='average', metric='psnr'):
+    return table.query('method == @method and steps == @steps and degradation == @degradation and metric == @metric').iloc[0]
+
+
+# ---- statistics
+
+def simulated(n, shape, tables=1000):
+    rng = np.random.default_rng([n, 11])
+    photo = rng.normal(0, 1, (n, 1, tables)) if shape == 'normal' else rng.gamma(4, .5, (n, 1, tables)) - 2
+    return st.photo_values(photo + rng.normal(0, .4, (n, 4, tables)))
+
+
+@pytest.mark.parametrize('n', [5, 7, 30])
+@pytest.mark.parametrize('shape', ['normal', 'skewed'])
+def test_intervals_cover(n, shape):
+    found = st.intervals(simulated(n, shape))
+    assert .93 <= np.mean((found.low <= 0) & (found.high >= 0)) <= .97
+
+
+def test_coverage_can_fail():
+    x = simulated(7, 'normal')
+    low, high = np.quantile(st.draws(7).counts @ x / 7, [.025, .975], axis=0)
+    assert np.mean((low <= 0) & (high >= 0)) < .92
+
+
+def test_seeds_are_not_photographs():
+    "Thirty seeds of one photograph do not make an interval narrower than seven photographs allow."
+    rng = np.random.default_rng(0)
+    photo, seed = np.repeat(np.arange(7), 30), rng.normal(0, .01, 210)
+    x = (np.arange(7.)[photo] + seed)[:, None]
+    found = st.intervals(st.photo_values(st.by_photo(x, photo, np.zeros(210, int), (7, 1))))
+    low, _ = st.student_t(np.arange(7.)[:, None])
+    assert found.low[0] < found.mean[0] - .5 * (3 - low[0])
+
+
+def test_photo_values_both_designs():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(12, 4, 2))
+    assert np.allclose(st.photo_values(x), x.mean(1))
+    own = np.where((np.arange(12)[:, None] % 4 == np.arange(4))[..., None], x, np.nan)
+    v = st.photo_values(own)
+    assert np.allclose(v.mean(0), np.nanmean(np.nanmean(own, 0), 0))
+    assert np.allclose(v.var(0, ddof=1) / 12, (np.nanvar(own, axis=0, ddof=1) / 3).sum(0) / 16)
+
+
+def test_lone_photograph_of_a_degradation_gives_no_interval():
+    x = np.ones((6, 2, 1)) * np.arange(6)[:, None, None]
+    x[1:, 1] = np.nan
+    found = st.intervals(st.photo_values(x))
+    assert np.isnan(found.low[0]) and np.isfinite(st.macro_mean(x)[0])
+
+
+def test_intervals_do_not_depend_on_the_other_columns():
+    x = np.random.default_rng(0).normal(size=(9, 5))
+    x[7:, 2] = np.nan
+    together, alone = st.intervals(x), st.intervals(x[:, [2]])
+    assert np.allclose(together.low[2], alone.low[0], atol=1e-12) and together.n.tolist() == [9, 9, 7, 9, 9]
+
+
+def test_intervals_of_few_and_equal_photographs():
+    few = np.where(np.arange(4)[:, None] < [4, 2, 1, 0], np.arange(4.)[:, None], np.nan)
+    found = st.intervals(few)
+    assert found.n.tolist() == [4, 2, 1, 0]
+    assert np.isclose(found.low[0], stats.ttest_1samp(np.arange(4.), 0).confidence_interval().low)
+    assert np.isnan(found.low[2:]).all() and found.mean[2] == 0
+    assert st.intervals(np.full((7, 1), 2.5)).low[0] == 2.5
+
+
+def test_pairing_cancels_the_photograph(rows):
+    sides = [rows.query('method == @m and steps == 100') for m in ('posterior', 'sde')]
+    pairs = st.paired_differences(*sides, 'psnr')
+    assert len(pairs) == 7 * 3 * 2
+    assert pairs.groupby('photo').difference.mean().std() < sides[0].groupby('photo').psnr.mean().std() / 3
+    shuffled = st.paired_differences(sides[0].sample(frac=1, random_state=0), sides[1].sample(frac=1, random_state=1), 'psnr')
+    assert shuffled.equals(pairs)
+    assert np.allclose(st.paired_differences(*sides, 'psnr', higher_is_better=False).difference, -pairs.difference)
+    assert len(st.paired_differences(sides[0].iloc[5:], sides[1].iloc[:-3], 'psnr')) == 7 * 3 * 2 - 8
+
+
+def test_wins(): assert np.array_equal(st.wins(np.array([2., 0, -1, np.nan])), [1, .5, 0, np.nan], equal_nan=True)
+
+
+@pytest.mark.parametrize('low, high, n, margin, expected', [
+    (.1, .4, 7, 0, 'reproduced'), (.1, .4, 4, 0, 'too close to tell'), (-.4, -.1, 7, 0, 'not reproduced'),
+    (-.1, .1, 7, 0, 'too close to tell'),
+    (-.2, -.1, 7, -.3, 'reproduced'), (-.5, -.4, 7, -.3, 'not reproduced'), (-.4, -.2, 7, -.3, 'too close to tell'),
+    (.1, .4, 7, .5, 'not reproduced'),
+    (0, 0, 7, 0, 'too close to tell'), (np.nan, np.nan, 1, 0, 'too close to tell'), (np.nan, np.nan, 0, 0, 'not run')])
+def test_verdict(low, high, n, margin, expected): assert st.verdict(low, high, n, margin) == expected
+
+
+# ---- tables
+
+def test_values_and_gains_are_means_of_means(rows):
+    table = tb.sampling_table(rows)
+    mean = rows.groupby(['method', 'steps', 'degradation', 'photo']).psnr.mean().groupby(['method', 'steps', 'degradation']).mean()
+    assert np.isclose(line(table, 'sde', degradation='noisy').value, mean['sde', 100, 'noisy'])
+    assert np.isclose(line(table, 'sde').value, mean['sde', 100].mean())
+    assert np.isclose(line(table, 'sde').gain, mean['sde', 100].mean() - mean['input', 0].mean())
+    lower = line(table, 'posterior', metric='stlpips')
+    assert lower.gain > 0 > lower.value - line(table, 'input', 0, metric='stlpips').value
+    assert (lower.n_photos, lower.n_seeds, lower.n_images, lower.missing) == (7, 2, 42, 0)
+
+
+def test_an_average_weighs_degradations_not_images(rows):
+    uneven = rows[(rows.degradation != 'noisy') | (rows.photo < 'photo0002')]
+    table = tb.sampling_table(uneven)
+    assert np.isclose(line(table, 'sde').value, np.mean([line(table, 'sde', degradation=d).value for d in ('hazy', 'noisy', 'rainy')]))
+
+
+def test_ties_are_marked_by_pairs(rows):
+    table = tb.sampling_table(rows)
+    assert line(table, 'posterior').mark == 'best' and line(table, 'ode').mark == '' and line(table, 'input', 0).mark == ''
+    ode = rows.query("method == 'ode' and steps == 100")
+    alike = ode.assign(method='twin', psnr=ode.psnr + 5 + np.tile([.2, -.2], len(ode) // 2))
+    marked = tb.sampling_table(pd.concat([rows, alike, alike.assign(method='ahead', psnr=ode.psnr + 5)]), ['psnr'])
+    assert {line(marked, 'twin').mark, line(marked, 'ahead').mark} == {'best', 'tie'} and line(marked, 'posterior').mark == ''
+    assert (tb.sampling_table(rows[rows.photo < 'photo0004']).mark == '').all()
+
+
+def test_a_group_without_all_photographs_is_not_marked(rows):
+    table = tb.sampling_table(rows.query("not (method == 'posterior' and photo == 'photo0000')"))
+    best = line(table, 'posterior')
+    assert best.mark == '' and best.missing == 6 and '(36 of 42 images)' in tb.average_markdown(table)
+
+
+def test_not_run_and_not_available(rows):
+    holes = rows.query("not (method == 'ode' and steps == 100 and degradation == 'noisy')")
+    table = tb.sampling_table(holes, groups=[dict(method='posterior', steps=50)], degradations=['hazy', 'noisy', 'rainy'])
+    assert line(table, 'ode', degradation='noisy').status == line(table, 'ode').status == 'not run'
+    assert np.isnan(line(table, 'ode').value) and line(table, 'ode', degradation='hazy').status == 'ok'
+    assert line(table, 'posterior', 50).status == 'not run' and line(table, 'sde', metric='lpips').status == 'not available'
+    page = tb.page(table)
+    assert 'not run' in page and 'not available' in page and 'nan' not in page.lower()
+    assert (tb.sampling_table(rows, degradations=['snowy']).query("degradation in ['snowy', 'average']").status == 'not run').all()
+
+
+def test_few_photographs_are_said(rows):
+    table = tb.sampling_table(rows[rows.photo < 'photo0004'])
+    assert (table[table.status == 'ok'].interval == 'cannot be trusted').all()
+    assert '‡' in tb.average_markdown(table) and 'cannot be trusted' in tb.page(table)
+    one = tb.sampling_table(rows[rows.photo == 'photo0000'])
+    assert line(one, 'sde').interval == 'not available' and '(one photograph)' in tb.page(one)
+
+
+def test_other_columns_make_lines(rows):
+    ours = rows.query("method == 'sde' and steps == 100")
+    made = pd.concat([ours.assign(training=t, psnr=ours.psnr + i) for i, t in enumerate(('plain', 'robust'))])
+    made = made.drop(columns=['method', 'steps'])
+    table = tb.sampling_table(made, by=['training'], baseline={'training': 'plain'})
+    assert np.allclose(table.query("training == 'robust' and metric == 'psnr'").gain, 1)
+    assert 'robust' in tb.page(table, by=['training'], baseline={'training': 'plain'})
+
+
+@pytest.mark.parametrize('change, why', [
+    (lambda r: r.drop(columns='photo'), "column 'photo' is missing"),
+    (lambda r: r.drop(columns='protocol'), "column 'protocol' is missing"),
+    (lambda r: r.drop(columns=['psnr', 'ssim', 'stlpips', 'lpips']), 'no metric column'),
+    (lambda r: r.iloc[:0], 'at least one row'),
+    (lambda r: r.to_dict('list'), 'expected a pandas DataFrame, got dict'),
+    (lambda r: pd.concat([r, r.tail(1)]), 'more than one row for method'),
+    (lambda r: r.assign(protocol=np.where(r.seed == 0, 'y', 'rgb')), 'mix the protocols rgb, y'),
+    (lambda r: r.assign(scale=np.where(r.seed == 0, 'paper', 'miniature')), 'mix the scales miniature, paper'),
+    (lambda r: r.assign(experiment=np.where(r.seed == 0, 'a', 'b')), 'mix the experiments a, b'),
+    (lambda r: r.assign(psnr=np.inf), "column 'psnr' is infinite"),
+    (lambda r: r.assign(psnr='good'), "column 'psnr' has 'good', expected a number"),
+    (lambda r: r.assign(steps=.5), "column 'steps' has 0.5, expected a whole number"),
+    (lambda r: r.assign(degradation=None), "column 'degradation' is empty"),
+])
+def test_bad_rows_are_refused_in_one_sentence(rows, change, why):
+    with pytest.raises(ValueError, match=why) as e: tb.sampling_table(change(rows))
+    assert '\n' not in str(e.value)
+
+
+def test_unknown_metric(rows):
+    with pytest.raises(ValueError, match="metric 'pnsr' is unknown: expected one of psnr"): tb.sampling_table(rows, ['pnsr'])
+
+
+def test_equal_copies_of_the_input_merge_and_others_do_not(rows):
+    copy = rows[rows.method == 'input'].assign(run='again')
+    assert tb.sampling_table(pd.concat([rows, copy])).equals(tb.sampling_table(rows))
+    with pytest.raises(ValueError, match='the input differs between runs for method input'):
+        tb.sampling_table(pd.concat([rows, copy.assign(psnr=copy.psnr + .1)]))
+
+
+# ---- claims
+
+def test_claim_margins(rows):
+    claims = [CLAIM, CLAIM | {'name': 'far', 'margin': 5.}, CLAIM | {'name': 'turned', 'better': CLAIM['than'], 'than': CLAIM['better']},
+              CLAIM | {'name': 'loses at most 3 dB', 'better': CLAIM['than'], 'than': CLAIM['better'], 'margin': -3.}]
+    judged = tb.claim_table(rows, claims)
+    assert judged.verdict.tolist() == ['reproduced', 'not reproduced', 'not reproduced', 'reproduced']
+    assert np.isclose(judged.difference[0], -judged.difference[2]) and judged.n_images[0] == 42
+    both = tb.sampling_table(rows)
+    assert np.isclose(judged.difference[0], line(both, 'posterior').value - line(both, 'sde').value)
+
+
+def test_claims_that_cannot_be_judged(rows):
+    holes = rows.query("not (method == 'sde' and degradation == 'noisy')")
+    judge = lambda r, **change: tb.claim_table(r, [CLAIM | change]).iloc[0]
+    assert judge(holes).verdict == 'not run' and 'not run on noisy' in judge(holes).note
+    two = {'degradation': ['hazy', 'rainy']}
+    assert judge(holes, better=CLAIM['better'] | two, than=CLAIM['than'] | two).verdict == 'reproduced'
+    assert judge(rows, better={'method': 'posterior', 'steps': 7}).note == "'better' was not run"
+    assert judge(rows, metric='lpips').note == 'lpips is not available'
+    assert judge(rows.query("not (method == 'sde' and photo == 'photo0003')")).verdict == 'not run'
+    fewer = judge(rows.query("not (method == 'sde' and seed == 1)"))
+    assert fewer.verdict == 'reproduced' and fewer.note == 'pairs 21 of 42 images'
+    assert judge(rows[rows.photo < 'photo0004']).verdict == 'too close to tell'
+
+
+@pytest.mark.parametrize('change, why', [
+    ({'margn': 0}, "unknown key 'margn'"), ({'metric': 'pnsr'}, "metric 'pnsr' is unknown"), ({'margin': 'small'}, 'expected a number'),
+    ({'margin': True}, 'expected a number'),
+    ({'better': 'posterior'}, 'expected a mapping'), ({'margin': float('nan')}, 'expected a finite number'),
+    ({'better': {'methods': 'sde'}}, "no column 'methods'"),
+    ({'better': {'steps': '100'}}, 'expected numbers'), ({'better': {'method': 5}}, 'expected text'),
+    ({'better': {'method': 'posterior'}}, 'more than one row'),
+    ({'better': {'method': 'posterior', 'steps': 100, 'degradation': 'noisy'}}, 'different degradations'),
+    ({'published': {'paper': 'x'}}, 'expected better, than'),
+    ({'published': {'better': 'x', 'than': 'y'}}, "expected one published PSNR of 'x', found 0")])
+def test_bad_claims(rows, change, why):
+    with pytest.raises(ValueError, match=why) as e: tb.claim_table(rows, [CLAIM | change], papers=tb.published(PUBLISHED))
+    assert '\n' not in str(e.value)
+
+
+def test_claims_need_their_keys_and_own_names(rows):
+    for bad, why in (([{'name': 'x'}], "'metric' is missing"), ([CLAIM, CLAIM], 'used twice'), (['x'], 'expected a mapping')):
+        with pytest.raises(ValueError, match=why): tb.claim_table(rows, bad)
+    assert len(tb.claim_table(rows, [])) == 0
+
+
+# ---- published numbers
+
+def test_published_csv_is_valid():
+    papers = tb.published(PUBLISHED)
+    assert len(papers) > 600 and set(papers.status) == {'verified', 'unverified'} and papers.value.dtype == float
+    assert b'\r' not in PUBLISHED.read_bytes()
+
+
+def test_published_numbers_stand_beside_ours_with_their_dagger(rows):
+    papers = tb.published(PUBLISHED)
+    cells = tb.published_cells(papers, 'DA-CLIP (2310.01018)', ['Table 3', 'Appendix unified per-degradation'],
+                               {'IR-SDE': {'method': 'sde', 'steps': 100}})
+    table = tb.sampling_table(rows, published=cells)
+    mean, noisy = line(table, 'sde'), line(table, 'sde', degradation='noisy')
+    wanted = papers[(papers.table == 'Table 3') & (papers.method == 'IR-SDE') & (papers.metric == 'PSNR')].value.item()
+    assert mean.published == wanted and mean.published_status == 'verified' and noisy.published_status == 'unverified'
+    assert line(table, 'ode').published_status == 'not available'
+    assert '†' in tb.published_text(table.query("method == 'sde' and steps == 100 and degradation == 'noisy'"))
+    claim = CLAIM | {'published': dict(paper='DA-CLIP (2310.01018)', table='Table 3', better='DA-CLIP (Ours)', than='IR-SDE')}
+    judged = tb.claim_table(rows, [claim], papers=papers).iloc[0]
+    best = papers.query("table == 'Table 3' and method == 'DA-CLIP (Ours)' and metric == 'PSNR'").value.item()
+    assert judged.published == pytest.approx(best - wanted)
+
+
+@pytest.mark.parametrize('change, why', [
+    (lambda t: t.replace('paper,table', 'paper,tables', 1), 'found the columns paper, tables'),
+    (lambda t: t.replace(',26.25,', ',a lot,', 1), 'line 2 has a value that is not a finite number'),
+    (lambda t: t.replace(',26.25,', ',inf,', 1), 'line 2 has a value that is not a finite number'),
+    (lambda t: t.replace(',verified\n', ',checked\n', 1), 'line 2 has a status other than'),
+    (lambda t: t.replace('JORDER', '', 1), 'line 2 has an empty field'),
+    (lambda t: t + t.splitlines()[1] + '\n', 'has a number that an earlier line gave already'),
+    (lambda t: t + 'one,two,"three\n', 'not a readable CSV|an empty field'),
+    (lambda t: '', 'not a readable CSV')])
+def test_bad_published_csv(tmp_path, change, why):
+    path = tmp_path/'published.csv'
+    path.write_text(change(PUBLISHED.read_text()))
+    with pytest.raises(ValueError, match=why) as e: tb.published(path)
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_published_csv_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such file'): tb.published(tmp_path/'published.csv')
+
+
+def test_published_cells_name_what_they_lack():
+    papers = tb.published(PUBLISHED)
+    with pytest.raises(ValueError, match="no number for paper 'x'"): tb.published_cells(papers, 'x', 'Table 3', {})
+    with pytest.raises(ValueError, match="no method 'x'"): tb.published_cells(papers, 'DA-CLIP (2310.01018)', 'Table 3', {'x': {}})
+
+
+# ---- files and figures
+
+def strips(): return {w: [(t, np.full((8, 8, 3), i * 60, np.uint8)) for i, t in enumerate(('LQ', 'sde', 'HQ'))] for w in ('noisy', 'hazy')}
+
+
+def test_same_bytes_in_any_order_of_rows(rows, tmp_path):
+    shuffled = rows.sample(frac=1, random_state=3)[rows.columns[::-1]]
+    made = [fig.write_results(r, [CLAIM], 'synthetic', tmp_path/n, strips()) for n, r in (('a', rows), ('b', shuffled))]
+    assert [p.relative_to(tmp_path/'a') for p in made[0]] == [p.relative_to(tmp_path/'b') for p in made[1]]
+    for a, b in zip(*made): assert a.read_bytes() == b.read_bytes(), a.name
+    names = {str(p.relative_to(tmp_path/'a')) for p in made[0]}
+    assert {'tables/synthetic.csv', 'tables/synthetic.md', 'tables/synthetic_claims.csv', 'figures/synthetic_bars_psnr.png',
+            'figures/synthetic_steps_psnr.png', 'figures/synthetic_grid.png'} <= names
+    assert not [p for p in tmp_path.rglob('*') if p.suffix == '.tmp']
+    assert b'matplotlib' not in (tmp_path/'a/figures/synthetic_bars_psnr.png').read_bytes()
+
+
+def test_csv_can_be_read_back(rows, tmp_path):
+    table = tb.sampling_table(rows)
+    path = tb.write_tables(table, tb.claim_table(rows, [CLAIM]), tmp_path)[0]
+    back = pd.read_csv(path, keep_default_na=False, na_values={'value': ''})
+    assert np.allclose(back.value, table.value, atol=1e-8, equal_nan=True) and back.status.equals(table.status.astype(back.status.dtype))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tb.write_file(tmp_path/'a.md', 'old')
+    monkeypatch.setattr(tb.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError, match='disk full'): tb.write_file(path, 'new')
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('name', ['../x', 'a/b', '', '.hidden', 'a b', None])
+def test_experiment_names_stay_in_their_folder(rows, name, tmp_path):
+    with pytest.raises(ValueError, match='experiment'): fig.write_results(rows.assign(experiment=name or ''), [], name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_another_experiment(rows, tmp_path):
+    with pytest.raises(ValueError, match="belong to experiment 'synthetic', expected 'sampling'"):
+        fig.write_results(rows, [], 'sampling', tmp_path)
+
+
+def test_markdown_escapes(): assert tb.markdown(pd.DataFrame([{'a|b': 'c|d\ne'}])).count('\\|') >= 1
+
+
+def test_figures_refuse_what_they_cannot_draw(rows):
+    for call, why in ((lambda: fig.bars(rows, 'lpips'), 'LPIPS is not available'), (lambda: fig.bars(rows, path='x.jpg'), 'as .png'),
+                      (lambda: fig.bars(rows, 'psnr', 33), 'no method was run with 33 steps'),
+                      (lambda: fig.bars(rows[rows.method != 'input']), "no method 'input'"),
+                      (lambda: fig.quality_vs_steps(rows.query("method == 'input' or degradation != 'noisy'")), 'nothing to draw'),
+                      (lambda: fig.image_grid({}), 'got none'), (lambda: fig.image_grid({'a': []}), "'a' has no images"),
+                      (lambda: fig.image_grid({'a': [('LQ', np.zeros((4, 4, 3)))]}), 'is float64 4×4×3'),
+                      (lambda: fig.image_grid({'a': [('LQ', np.zeros((4, 4), np.uint8))]}), 'is uint8 4×4')):
+        with pytest.raises(ValueError, match=why): call()
+
+
+def test_figures_leave_no_settings_behind(rows, tmp_path):
+    before = dict(mpl.rcParams)
+    with mpl.rc_context({'font.size': 30, 'axes.facecolor': 'red'}): fig.bars(rows, path=tmp_path/'a.png')
+    fig.bars(rows, path=tmp_path/'b.png')
+    assert (tmp_path/'a.png').read_bytes() == (tmp_path/'b.png').read_bytes()
+    assert dict(mpl.rcParams) == before
+    import matplotlib.pyplot as plt
+    assert not plt.get_fignums()
+
+
+def test_figures_draw_what_the_table_says(rows):
+    axes = fig.bars(rows, 'psnr', 100).axes[0]
+    heights = {round(p.get_height(), 9) for p in axes.patches}
+    assert {round(g, 9) for g in tb.sampling_table(rows, ['psnr']).query("steps == 100").gain} == heights
+    assert {round(p.get_height(), 9) for p in fig.bars(tb.sampling_table(rows), 'psnr', 100).axes[0].patches} == heights
+    texts = [t.get_text() for t in fig.bars(rows.query("not (method == 'ode' and degradation == 'noisy')")).axes[0].texts]
+    assert [t.strip() for t in texts] == ['not run', 'not run']
+
+
+def test_tables_import_no_model():
+    code = 'import sys, daclip_repro.tables.figures; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], timeout=120).returncode == 0
+
+
+def test_a_hundred_thousand_rows(tmp_path):
+    rows = st.synthetic_rows(photos=210, seeds=3)
+    assert len(rows) > 100_000
+    begin = time.process_time()
+    table, judged = tb.sampling_table(rows), tb.claim_table(rows, [CLAIM])
+    tb.write_tables(table, judged, tmp_path)
+    assert time.process_time() - begin < 10 and judged.verdict[0] == 'reproduced'
