@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'QUALITY', 'BY', 'BASELINE', 'AVERAGE', 'METHODS', 'PUBLIS
            'number', 'interval_text', 'cell_text', 'published_text', 'markdown', 'average_markdown', 'headline_steps',
            'degradation_markdown', 'claims_markdown', 'page', 'write_file', 'csv_text', 'check_name', 'write_tables']
 
-# %% ../../nbs/tables/01_tables.ipynb #78542cb9
+# %% ../../nbs/tables/01_tables.ipynb #51405208
 import os
 import re
 import tempfile
@@ -22,7 +22,7 @@ import pandas as pd
 
 from .statistics import FEWEST, LEVEL, by_photo, intervals, macro_mean, paired_differences, photo_values, verdict, wins
 
-# %% ../../nbs/tables/01_tables.ipynb #f0fc8082
+# %% ../../nbs/tables/01_tables.ipynb #9890949b
 class Metric(NamedTuple):
     "How a metric is compared and printed."
     label:str # as printed and as spelled in published.csv
@@ -30,14 +30,14 @@ class Metric(NamedTuple):
     higher:bool # True if higher is better
     digits:int # decimals printed
 
-# %% ../../nbs/tables/01_tables.ipynb #d23d010f
+# %% ../../nbs/tables/01_tables.ipynb #12909964
 METRICS = {'psnr': Metric('PSNR', 'dB', True, 2), 'ssim': Metric('SSIM', '', True, 3), 'stlpips': Metric('ST-LPIPS', '', False, 3),
            'lpips': Metric('LPIPS', '', False, 3), 'seconds': Metric('time', 's', False, 2)}
 QUALITY = ('psnr', 'ssim', 'stlpips', 'lpips')
 BY, BASELINE, AVERAGE = ('method', 'steps'), {'method': 'input'}, 'average'
 METHODS = ('input', 'sde', 'ode', 'posterior')
 
-# %% ../../nbs/tables/01_tables.ipynb #cc23a124
+# %% ../../nbs/tables/01_tables.ipynb #bc0f22c2
 def is_baseline(
     frame:pd.DataFrame, # lines of a table
     baseline=None, # column → value; None for method 'input'
@@ -46,7 +46,7 @@ def is_baseline(
     test = [(frame[c] == v).to_numpy() for c, v in (BASELINE if baseline is None else baseline).items() if c in frame]
     return np.logical_and.reduce(test) if test else np.zeros(len(frame), bool)
 
-# %% ../../nbs/tables/01_tables.ipynb #f1aa2bfa
+# %% ../../nbs/tables/01_tables.ipynb #61865d30
 def heading(
     metric:str, # key of METRICS
 ) -> str: # e.g. 'PSNR (dB) ↑'
@@ -54,7 +54,7 @@ def heading(
     m = METRICS[metric]
     return f"{m.label}{f' ({m.unit})' if m.unit else ''} {'↑' if m.higher else '↓'}"
 
-# %% ../../nbs/tables/01_tables.ipynb #6e392893
+# %% ../../nbs/tables/01_tables.ipynb #e8cb8634
 def check_columns(
     rows:pd.DataFrame, # one row per image
     metrics, # names, or None for the quality metrics that the rows have
@@ -72,7 +72,7 @@ def check_columns(
     if not metrics: raise ValueError(f"rows: no metric column; expected at least one of {', '.join(QUALITY)}")
     return metrics
 
-# %% ../../nbs/tables/01_tables.ipynb #487e50c0
+# %% ../../nbs/tables/01_tables.ipynb #09d4b29a
 def check_values(
     rows:pd.DataFrame, # one row per image
     metrics:list, # metric columns, made float
@@ -93,7 +93,7 @@ def check_values(
         else: raise ValueError(f"rows: column '{c}' has {number[number % 1 != 0].iloc[0]}, expected a whole number")
     return out
 
-# %% ../../nbs/tables/01_tables.ipynb #ec07d0f3
+# %% ../../nbs/tables/01_tables.ipynb #fd147f20
 def check_unique(
     rows:pd.DataFrame, # rows with numeric columns
     metrics:list, # metric columns
@@ -116,7 +116,7 @@ def check_unique(
             raise ValueError(f'rows: the input differs between runs for {text(apart.idxmax())}; they did not degrade it in the same way')
     return rows[~again].reset_index(drop=True)
 
-# %% ../../nbs/tables/01_tables.ipynb #2b23a822
+# %% ../../nbs/tables/01_tables.ipynb #39cb4bbb
 def check_rows(
     rows:pd.DataFrame, # one row per image
     metrics=None, # names; None for the quality metrics that the rows have
@@ -130,7 +130,7 @@ def check_rows(
     numeric = check_values(rows, metrics, ['experiment', 'scale', 'protocol', *key])
     return check_unique(numeric, metrics, key, baseline), metrics
 
-# %% ../../nbs/tables/01_tables.ipynb #e186afc5
+# %% ../../nbs/tables/01_tables.ipynb #60a94a4c
 class Grid(NamedTuple):
     "Rows laid out as images × lines of the table."
     groups:pd.DataFrame # G lines, in printing order
@@ -139,7 +139,7 @@ class Grid(NamedTuple):
     degradation:np.ndarray # number of each image's degradation
     at:tuple # for every row its image and its line
 
-# %% ../../nbs/tables/01_tables.ipynb #f603bd3d
+# %% ../../nbs/tables/01_tables.ipynb #8cc480c7
 def arrange(
     rows:pd.DataFrame, # from `check_rows`
     by=BY, # columns that make a line
@@ -159,7 +159,7 @@ def arrange(
     g = rows[by].merge(lines.reset_index(names='g'), on=by, how='left').g.to_numpy()
     return Grid(lines, names, pd.factorize(units.photo, sort=True)[0], units.degradation.map(names.index).to_numpy(), (u, g))
 
-# %% ../../nbs/tables/01_tables.ipynb #2982da9c
+# %% ../../nbs/tables/01_tables.ipynb #62a9ae30
 def spread(
     grid:Grid, # from `arrange`
     values, # one number per row
@@ -169,7 +169,7 @@ def spread(
     out[grid.at] = values
     return out
 
-# %% ../../nbs/tables/01_tables.ipynb #bc75750a
+# %% ../../nbs/tables/01_tables.ipynb #2b1fbf16
 class Scope(NamedTuple):
     "The images of one degradation, or of all."
     photo:np.ndarray # number of each image's photograph
@@ -177,7 +177,7 @@ class Scope(NamedTuple):
     shape:tuple # (photographs, d)
     images:np.ndarray # which images of the grid
 
-# %% ../../nbs/tables/01_tables.ipynb #05b2c49e
+# %% ../../nbs/tables/01_tables.ipynb #969b0b8d
 def scope(
     grid:Grid, # from `arrange`
     name:str, # a degradation, or AVERAGE
@@ -189,7 +189,7 @@ def scope(
         degradation, d = np.zeros(len(images), int), 1
     return Scope(grid.photo[images], degradation, (grid.photo.max(initial=-1) + 1, d), images)
 
-# %% ../../nbs/tables/01_tables.ipynb #6d417ec8
+# %% ../../nbs/tables/01_tables.ipynb #47c3c3f1
 def estimate(
     x:np.ndarray, # images of the scope × groups
     s:Scope, # from `scope`
@@ -199,7 +199,7 @@ def estimate(
     found = intervals(photo_values(cells))
     return macro_mean(cells), found.low, found.high, np.isfinite(cells).any(1).sum(0)
 
-# %% ../../nbs/tables/01_tables.ipynb #1643b6b2
+# %% ../../nbs/tables/01_tables.ipynb #5e389769
 def gains(
     x:np.ndarray, # images of the scope × groups
     s:Scope, # from `scope`
@@ -215,7 +215,7 @@ def gains(
     *ends, n = estimate(difference, s)
     return dict(zip([*names, 'pairs'], [*ends, won, np.where(n == 0, FEWEST, n)]))
 
-# %% ../../nbs/tables/01_tables.ipynb #991bdb12
+# %% ../../nbs/tables/01_tables.ipynb #f6f4ce80
 def marks(
     x:np.ndarray, # images of the scope × groups
     s:Scope, # from `scope`
@@ -235,7 +235,7 @@ def marks(
     out[best] = 'best'
     return out
 
-# %% ../../nbs/tables/01_tables.ipynb #57846dc5
+# %% ../../nbs/tables/01_tables.ipynb #8f548987
 def presence(
     there:np.ndarray, # images of the scope × groups: is there a row?
     known:np.ndarray, # images of the scope × groups: is there a value?
@@ -248,7 +248,7 @@ def presence(
                 n_seeds=np.array([np.bincount(cell[k]).max(initial=0) for k in known.T]),
                 n_images=known.sum(0), missing=(there.any(1)[:, None] & ~known).sum(0))
 
-# %% ../../nbs/tables/01_tables.ipynb #97dc1dd0
+# %% ../../nbs/tables/01_tables.ipynb #85532d96
 def cell_block(
     grid:Grid, # from `arrange`
     x:np.ndarray, # images × groups of one metric
@@ -270,7 +270,7 @@ def cell_block(
     trust = np.where(~ok | ~np.isfinite(out.low), 'not available', np.where(few, 'cannot be trusted', 'ok'))
     return out.assign(interval=trust, mark=marks(x, s, ok & (metric in QUALITY), higher), n_photos=n, **have)
 
-# %% ../../nbs/tables/01_tables.ipynb #03932bac
+# %% ../../nbs/tables/01_tables.ipynb #4b71995a
 def sampling_table(
     rows:pd.DataFrame, # one row per image
     metrics=None, # names; None for the quality metrics that the rows have
@@ -295,10 +295,10 @@ def sampling_table(
     table = table.merge(published, on=[*by, 'degradation', 'metric'], how='left', validate='many_to_one')
     return table.assign(published_status=table.published_status.fillna('not available'))
 
-# %% ../../nbs/tables/01_tables.ipynb #490006de
+# %% ../../nbs/tables/01_tables.ipynb #d3b2318c
 PUBLISHED = ['paper', 'table', 'task', 'dataset', 'degradation', 'method', 'metric', 'value', 'source', 'status']
 
-# %% ../../nbs/tables/01_tables.ipynb #196b71cb
+# %% ../../nbs/tables/01_tables.ipynb #cf2e6680
 def published(
     path='results/published.csv', # CSV with the columns PUBLISHED
 ) -> pd.DataFrame: # one row per number, value as float
@@ -318,7 +318,7 @@ def published(
         if where.any(): raise ValueError(f'{path}: line {int(np.argmax(where)) + 2} has {fault}')
     return found.assign(value=value)
 
-# %% ../../nbs/tables/01_tables.ipynb #f29ca641
+# %% ../../nbs/tables/01_tables.ipynb #3f563db8
 def published_cells(
     papers:pd.DataFrame, # from `published`
     paper:str, # as in the column `paper`
@@ -337,10 +337,10 @@ def published_cells(
     return group.assign(degradation=chosen.degradation.replace('all', AVERAGE), metric=chosen.metric.map(ours),
                         published=chosen.value, published_status=chosen.status)
 
-# %% ../../nbs/tables/01_tables.ipynb #27148e58
+# %% ../../nbs/tables/01_tables.ipynb #f56774b7
 CLAIM = {'name': str, 'metric': str, 'better': dict, 'than': dict, 'margin': (int, float), 'paper': str, 'source': str, 'published': dict}
 
-# %% ../../nbs/tables/01_tables.ipynb #3d11f05c
+# %% ../../nbs/tables/01_tables.ipynb #08f161b6
 def check_claim(
     claim:dict, # from a sweep file
 ) -> dict: # with every key; ValueError for unknown, missing or mistyped ones
@@ -360,7 +360,7 @@ def check_claim(
     if not np.isfinite(claim.get('margin', 0)): raise ValueError(f"{name}: 'margin' is {claim['margin']}, expected a finite number")
     return {'margin': 0., 'paper': '', 'source': '', 'published': None, **claim}
 
-# %% ../../nbs/tables/01_tables.ipynb #ed582259
+# %% ../../nbs/tables/01_tables.ipynb #de74a203
 def select(
     rows:pd.DataFrame, # from `check_rows`
     wanted:dict, # column → value, or list of values
@@ -377,7 +377,7 @@ def select(
         keep &= rows[c].isin(values).to_numpy()
     return rows[keep]
 
-# %% ../../nbs/tables/01_tables.ipynb #e9222903
+# %% ../../nbs/tables/01_tables.ipynb #635126d3
 def coverage_gap(
     sides:list, # rows of both sides
     scope_names:list, # degradations that the claim is about
@@ -390,7 +390,7 @@ def coverage_gap(
     if odd := pairs[0] ^ pairs[1]: return f'{len(odd)} photographs (each degradation counted) were run on one side only'
     return ''
 
-# %% ../../nbs/tables/01_tables.ipynb #98a876c5
+# %% ../../nbs/tables/01_tables.ipynb #10f1b0f2
 def judge(
     claim:dict, # from `check_claim`
     rows:pd.DataFrame, # from `check_rows`
@@ -409,7 +409,7 @@ def judge(
     nothing = dict.fromkeys(('difference', 'low', 'high', 'improves'), np.nan) | dict.fromkeys(('n_photos', 'n_seeds', 'n_images'), 0)
     return {**nothing, 'interval': 'not available', 'verdict': verdict(np.nan, np.nan, 0), 'note': note}
 
-# %% ../../nbs/tables/01_tables.ipynb #b05668e1
+# %% ../../nbs/tables/01_tables.ipynb #1bb865c7
 def judge_pairs(
     pairs:pd.DataFrame, # from `paired_differences`
     margin:float, # what the difference must exceed
@@ -426,7 +426,7 @@ def judge_pairs(
                 n_seeds=int(pairs.groupby(['photo', 'degradation']).size().max()), n_images=len(pairs), interval=trust,
                 verdict=verdict(low, high, int(n), margin), note='' if len(pairs) == images else f'pairs {len(pairs)} of {images} images')
 
-# %% ../../nbs/tables/01_tables.ipynb #e672fa47
+# %% ../../nbs/tables/01_tables.ipynb #b33bad1f
 def published_difference(
     claim:dict, # from `check_claim`
     papers, # from `published`, or None
@@ -448,7 +448,7 @@ def published_difference(
     status = 'verified' if all(f.status == 'verified' for f in found) else 'unverified'
     return dict(published=(found[0].value - found[1].value) * (1 if m.higher else -1), published_status=status)
 
-# %% ../../nbs/tables/01_tables.ipynb #b160fc3d
+# %% ../../nbs/tables/01_tables.ipynb #1d0255db
 def claim_table(
     rows:pd.DataFrame, # one row per image
     claims:list, # from a sweep file
@@ -469,7 +469,7 @@ def claim_table(
                'high', 'improves', 'n_photos', 'n_seeds', 'n_images', 'interval', 'verdict', 'note']
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/tables/01_tables.ipynb #69803ba0
+# %% ../../nbs/tables/01_tables.ipynb #9ab08e79
 def number(
     value:float, # to print
     digits:int, # decimals
@@ -480,7 +480,7 @@ def number(
     text = f'{value:+.{digits}f}' if signed else f'{value:.{digits}f}'
     return (text.lstrip('+-') if float(text) == 0 else text).replace('-', '−')
 
-# %% ../../nbs/tables/01_tables.ipynb #d560f259
+# %% ../../nbs/tables/01_tables.ipynb #fdf879b2
 def interval_text(
     mean:float, # estimate
     low:float, # lower end
@@ -495,7 +495,7 @@ def interval_text(
     ends = f' [{number(low, digits, signed)}, {number(high, digits, signed)}]' if np.isfinite(low) else ' (one photograph)'
     return (f'**{value}**' if bold else value) + ends + ('‡' if trust == 'cannot be trusted' else '')
 
-# %% ../../nbs/tables/01_tables.ipynb #e1cadb83
+# %% ../../nbs/tables/01_tables.ipynb #53ddea57
 def cell_text(
     cell, # a line of the table in long form
     of:str='value', # 'value' or 'gain'
@@ -510,7 +510,7 @@ def cell_text(
     lacking = f' ({cell.n_images} of {cell.n_images + cell.missing} images)' if cell.missing and not baseline else ''
     return interval_text(cell.value, cell.low, cell.high, cell.interval, digits, False, cell.mark != '') + lacking
 
-# %% ../../nbs/tables/01_tables.ipynb #0ebbc8cc
+# %% ../../nbs/tables/01_tables.ipynb #7ed7348a
 def published_text(
     lines:pd.DataFrame, # the metrics of one line of the table
 ) -> str: # e.g. 'PSNR 27.01, SSIM 0.794†', or 'not available'
@@ -520,7 +520,7 @@ def published_text(
     each = [f'{METRICS[c.metric].label} {number(c.published, METRICS[c.metric].digits)}{dagger(c)}' for c in known.itertuples()]
     return ', '.join(each) or 'not available'
 
-# %% ../../nbs/tables/01_tables.ipynb #9716099b
+# %% ../../nbs/tables/01_tables.ipynb #ffb1146c
 def markdown(
     frame:pd.DataFrame, # texts
 ) -> str: # pipe table; a pipe in a text is escaped, a line break becomes a space
@@ -528,7 +528,7 @@ def markdown(
     safe = frame.map(lambda v: re.sub(r'\s+', ' ', str(v)).replace('|', '\\|'))
     return safe.to_markdown(index=False, disable_numparse=True)
 
-# %% ../../nbs/tables/01_tables.ipynb #2134e97f
+# %% ../../nbs/tables/01_tables.ipynb #ccf24afd
 def average_markdown(
     table:pd.DataFrame, # from `sampling_table`
     of:str='value', # 'value' or 'gain'
@@ -548,7 +548,7 @@ def average_markdown(
         lines.append({c: first[c] for c in by} | cells | more)
     return markdown(pd.DataFrame(lines))
 
-# %% ../../nbs/tables/01_tables.ipynb #dd666f06
+# %% ../../nbs/tables/01_tables.ipynb #322fbd3b
 def headline_steps(
     table:pd.DataFrame, # from `sampling_table`
     baseline=None, # column → value of the degraded input
@@ -560,7 +560,7 @@ def headline_steps(
     shared = set.intersection(*(set(s) for _, s in lines.groupby('method').steps))
     return int(max(shared)) if shared else int(lines.steps.max())
 
-# %% ../../nbs/tables/01_tables.ipynb #562a9a5d
+# %% ../../nbs/tables/01_tables.ipynb #e0c8cd12
 def degradation_markdown(
     table:pd.DataFrame, # from `sampling_table`
     metric:str, # key of METRICS
@@ -576,7 +576,7 @@ def degradation_markdown(
         lines.setdefault(c.degradation, {'degradation': c.degradation})[name] = cell_text(c, 'value', b)
     return markdown(pd.DataFrame([v for k, v in lines.items() if k != AVERAGE] + [lines[AVERAGE]]).fillna('not run'))
 
-# %% ../../nbs/tables/01_tables.ipynb #6781fe5c
+# %% ../../nbs/tables/01_tables.ipynb #5f304e3c
 def claims_markdown(
     judged:pd.DataFrame, # from `claim_table`
 ) -> str: # Markdown
@@ -593,7 +593,7 @@ def claims_markdown(
                       'verdict': c.verdict + (f' ({c.note})' if c.note else '')})
     return markdown(pd.DataFrame(lines))
 
-# %% ../../nbs/tables/01_tables.ipynb #01668609
+# %% ../../nbs/tables/01_tables.ipynb #c0a25ed9
 def page(
     table:pd.DataFrame, # from `sampling_table`
     judged=None, # from `claim_table`
@@ -609,7 +609,8 @@ def page(
              f'Scale: **{first.scale}**, so compare lines with each other and not with numbers obtained at another scale or protocol. '
              f'Protocol: **{first.protocol}**.', '## Average over degradations', average_markdown(table, 'value', by, baseline),
              f'In brackets: {LEVEL:.0%} interval over photographs (smoothed bootstrap-t; seeds averaged within a photograph).{few} '
-             '**Bold**: best, or its paired difference from the best has an interval that contains zero. `not run`: no results, or not for '
+             '**Bold**: best of all lines of the experiment, whatever their steps, or its paired difference from the best has an interval that '
+             'contains zero. `not run`: no results, or not for '
              'every degradation. `not available`: the metric could not be computed, or no published number is known. '
              '†: published number that was not verified.']
     if np.isfinite(table.gain).any():
@@ -625,7 +626,7 @@ def page(
                   '`not run` if a side lacks results. Positive: the claimed winner wins.']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../../nbs/tables/01_tables.ipynb #69affeb2
+# %% ../../nbs/tables/01_tables.ipynb #787de2c1
 def write_file(
     path, # where to
     content, # text or bytes
@@ -643,7 +644,7 @@ def write_file(
         raise
     return path
 
-# %% ../../nbs/tables/01_tables.ipynb #9d4675da
+# %% ../../nbs/tables/01_tables.ipynb #d42ac845
 def csv_text(
     frame:pd.DataFrame, # table of any kind
 ) -> str: # CSV, ten decimals, '\n' line ends; the same on every machine
@@ -651,7 +652,7 @@ def csv_text(
     exact = frame.assign(**{c: frame[c].round(10) + 0. for c in frame.select_dtypes('float')})
     return exact.to_csv(index=False, float_format='%.10g', lineterminator='\n')
 
-# %% ../../nbs/tables/01_tables.ipynb #c8ffc7ea
+# %% ../../nbs/tables/01_tables.ipynb #e3574f54
 def check_name(
     experiment:str, # becomes a file name
 ) -> str: # unchanged; ValueError if it could leave its folder
@@ -660,7 +661,7 @@ def check_name(
         raise ValueError(f'experiment {experiment!r}: expected letters, digits, - and _')
     return experiment
 
-# %% ../../nbs/tables/01_tables.ipynb #0687d4a3
+# %% ../../nbs/tables/01_tables.ipynb #e7a299db
 def write_tables(
     table:pd.DataFrame, # from `sampling_table`
     judged:pd.DataFrame, # from `claim_table`
