@@ -134,11 +134,12 @@ def train(
     out:Annotated[Path, typer.Option(help="folder for checkpoints and weights")],
     config:Annotated[str, typer.Option(help="a configuration's name, or a YAML file")]="sampling-miniature",
     steps:Annotated[int|None, typer.Option(help="steps in place of the configuration's", min=1)]=None,
+    about:Annotated[str, typer.Option(help="what the photographs are and their terms, for the model card")]="not stated",
 ):
     "Train a restorer on photographs, resumably."
     from daclip_repro.photos import photo_folder
     from daclip_repro.training import train_command
-    typer.echo(train_command(photo_folder(photos), out, config, steps))
+    typer.echo(train_command(photo_folder(photos), out, config, steps, about=about))
 
 # %% ../nbs/10_cli.ipynb #9d53aa47
 _File = Annotated[Path, typer.Argument(help="sweep file, experiments/*.yaml")]
@@ -163,10 +164,10 @@ def status(file:_File, profile:_Profile="miniature"):
     typer.echo(papermill.status(file, profile).to_string(index=False))
 
 # %% ../nbs/10_cli.ipynb #5a745b94
-def _strips(runs): # degradation → [(title, image), …] of the first run that kept its strip
+def _strips(runs): # degradation → [(title, image), …] of the run with most steps that kept its strip
     import numpy as np
     strips = {}
-    for r in sorted(runs, key=lambda r: r.parameters.get("seed", 0)):
+    for r in sorted(runs, key=lambda r: -max(r.parameters.get("steps") or [0])):
         word,file = r.parameters.get("degradation"), r.folder/"strips.npz"
         if word in strips or not file.is_file(): continue
         with np.load(file) as kept: strips[word] = [(k, kept[k]) for k in kept.files]

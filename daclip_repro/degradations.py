@@ -216,7 +216,7 @@ def degrade(
     hq:Tensor, # clean image(s), B×3×H×W or 3×H×W, RGB in [0,1]
     degradation:str, # one of `DEGRADATIONS`
     seed:int|list[int]=0, # image i uses seed+i; a list gives each image its own
-    severity:float|Tensor=1., # ≥ 0; 1 is the paper's test set where that is synthetic, 0 leaves the image alone; a B-vector for one each
+    severity:float|Tensor=1., # ≥ 0, or B of them; 0 leaves the image alone, 1 is the paper's strength (noisy, jpeg-compressed) or ours
 ) -> Tensor: # degraded image(s), same shape, in [0,1], on the 8-bit grid
     "Degrade photographs by name; ValueError for an unknown word, a wrong shape or a negative severity."
     if degradation not in _MAKERS:

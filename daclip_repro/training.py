@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
         unet:nn.Module, # called as unet(x, mu, t, context=…)
         sde:IRSDE, # process that made the states
         parametrisation:str='noise', # 'noise' as in the papers, or 'residual'
-        words:tuple=(), # degradations that the network is told apart by their word; empty for a network that is told nothing
+        words:tuple=(), # words the network may be told, in the order of the code; empty: it is told nothing
     ):
         super().__init__()
         if parametrisation not in PARAMETRISATIONS:
@@ -101,7 +101,7 @@ def loss(self:Denoiser,
     noise:Tensor, # standard normal, B×3×H×W
     context=None, # from `context`
 ) -> Tensor: # scalar
-    "Training loss: IR-SDE's maximum-likelihood L1 for 'noise', L1 of the clean estimate for 'residual'."
+    "Training loss: IR-SDE's matching loss for 'noise', L1 of the clean estimate for 'residual'."
     x = self.sde.random_states(hq, lq, t, noise)
     if self.parametrisation == 'residual': return F.l1_loss(self.x0(x, lq, t, context), hq)
     return self.sde.matching_loss(self.unet(x, lq, t, context=context), x, hq, lq, t)
@@ -304,7 +304,7 @@ def train_step(self:Trainer, photos:list[Tensor]) -> float: # loss
     with torch.autocast(self.device, dtype=torch.bfloat16, enabled=config.precision == 'bfloat16'):
         loss = self.denoiser.loss(hq, lq, t, noise, self.denoiser.context(words, len(hq)))
     if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: lower lr (now {config.lr}) or set clip")
+        raise ValueError(f"the loss is {loss.item()} at step {self.step}: lower lr (now {config.lr}) or set clip")
     self.optimiser.zero_grad()
     loss.backward()
     if config.clip: nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.clip)
@@ -323,7 +323,7 @@ def fit(self:Trainer,
     watch:tuple=(), # functions called with the trainer at each line of the log; a dict that one returns is added to the line
     progress:bool=True, # show a progress bar with the time left
 ) -> list[dict]: # the log
-    "Train, with progress and the time left; a checkpoint is written on any way out."
+    "Train with progress and the time left; Ctrl-C or an exception writes a checkpoint, a killed process loses at most `save_every` steps."
     if not photos: raise ValueError("no photographs to train on: expected at least one")
     started, before, recent = time.perf_counter(), self.log[-1]['seconds'] if self.log else 0., []
     bar = tqdm(total=self.config.steps, initial=self.step, desc='training', mininterval=2, disable=not progress)
@@ -407,8 +407,8 @@ A conditional U-Net for IR-SDE (arXiv 2301.11699) that restores photographs with
 The degradations are synthetic (`daclip_repro.degradations`). The numbers it gives are not the paper's: it is a small network
 for showing effects on a laptop.
 
-Load it with `daclip_repro.training.load_weights('{name}')`. Made by `daclip train`; the settings below reproduce it from
-any folder of photographs.
+Load it with `daclip_repro.training.load_weights('{name}')`. Made by `daclip train`; the settings below train one like it
+from any folder of photographs.
 
 | setting | value |
 |---|---|
@@ -445,6 +445,7 @@ def train_command(
     config:str|Path='sampling-miniature', # name in CONFIGS or YAML file
     steps:int|None=None, # changes the configuration's
     device:str|None=None, # 'cpu' or 'cuda'; the GPU when there is one
+    about:str='not stated', # what the photographs are and the terms they come under, for the card
 ) -> Path: # the weights
     "Train a restorer on photographs, resumably, and write weights, card and log."
     name, config = Path(config).stem, load_config(config)
@@ -456,5 +457,6 @@ def train_command(
     images, unseen = to_bytes(train), to_bytes(held_out)
     log = trainer.fit(images, watch=(validator(unseen, config, every=max(50, config.steps // 24 // 50 * 50)),))
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    facts = dict(photographs=len(train), **{k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'gain')} if log else {})
+    measured = {k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'gain')} if log else {}
+    facts = {'photographs': len(train), 'what they are': about} | measured
     return save_weights(trainer.average.module, config, Path(out) / f'{name}.safetensors', **facts)

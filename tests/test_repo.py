@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,18 +159,23 @@ def test_there_are_experiments():
     assert EXPERIMENTS
 
 
+def processor_seconds():
+    "Of this process and the kernels it has ended: unlike the clock on the wall, the same on a busy machine."
+    return sum(os.times()[:4])
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiment_runs_with_its_defaults(path, tmp_path):
     from daclip_repro.sweeps.papermill import execute
     cells = json.loads(path.read_text())["cells"]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1, "expected exactly one cell with the tag `parameters`"
     before = {p: p.stat().st_mtime_ns for p in path.parent.rglob("*")}
-    start = time.monotonic()
+    start = processor_seconds()
     execute(path, tmp_path/"out.ipynb")
-    assert time.monotonic() - start < 90, "the defaults are a smoke test: they have to end in seconds"
+    assert processor_seconds() - start < 60, "the defaults are a smoke test: they have to end in seconds"
     assert {p: p.stat().st_mtime_ns for p in path.parent.rglob("*")} == before, "the notebook wrote beside itself"
     outputs = [o for c in json.loads((tmp_path/"out.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs), "a report without a picture"
+    assert any(mime.startswith("image/") for o in outputs for mime in o.get("data", {})), "a report without a picture"
 
 
 def test_each_experiment_has_a_sweep_file():

@@ -609,8 +609,8 @@ def page(
              f'Scale: **{first.scale}**, so compare lines with each other and not with numbers obtained at another scale or protocol. '
              f'Protocol: **{first.protocol}**.', '## Average over degradations', average_markdown(table, 'value', by, baseline),
              f'In brackets: {LEVEL:.0%} interval over photographs (smoothed bootstrap-t; seeds averaged within a photograph).{few} '
-             '**Bold**: best of all lines of the experiment, whatever their steps, or its paired difference from the best has an interval that '
-             'contains zero. `not run`: no results, or not for '
+             '**Bold**: best of all lines of the experiment, whatever their steps, or its paired difference from the best has an interval '
+             'that contains zero. `not run`: no results, or not for '
              'every degradation. `not available`: the metric could not be computed, or no published number is known. '
              '†: published number that was not verified.']
     if np.isfinite(table.gain).any():
