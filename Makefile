@@ -7,10 +7,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab bench docs clean
+.PHONY: help setup reproduce test lab bench docs slurm-up slurm-down clean
 
 help:       ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup:      ## make .venv from constraints.txt and install the package and its git hooks (does nothing when up to date)
 	@PYTHON='$(PYTHON)' bash .ci/setup
@@ -31,6 +31,13 @@ bench: setup ## time the parts that take long (tests/bench_*.py)
 
 docs: setup ## build the notebooks as a web site in _docs/ (offline)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "The book is in _docs/index.html"
+
+slurm-up: setup ## start a real Slurm on this machine, for trying out sweeps (installs it where it is missing; as root, on Debian or Ubuntu)
+	@$(BIN)/python tests/slurm_cluster.py install
+	@$(BIN)/python tests/slurm_cluster.py up
+
+slurm-down: ## stop that Slurm, with its jobs, and delete its state
+	@$(BIN)/python tests/slurm_cluster.py down
 
 clean:      ## remove what tools made (.venv and the run records stay)
 	rm -rf _docs site build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PARAMETRISATIONS', 'CONFIGS', 'Denoiser', 'TrainConfig', 'load_config', 'make_config', 'build', 'make_batch',
-           'to_bytes', 'learning_rate', 'Trainer', 'validator', 'LiveCurve', 'save_weights', 'model_card',
+           'to_bytes', 'learning_rate', 'processes', 'Trainer', 'validator', 'LiveCurve', 'save_weights', 'model_card',
            'packaged_weights', 'load_weights', 'train_command']
 
 # %% ../nbs/08_training.ipynb #fd24839c
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -123,6 +124,7 @@ class TrainConfig:
     lr: float = 2e-4 # AdamW, after the warm-up
     lr_min: float = 1e-6 # at the end of the cosine
     warmup: int = 0 # steps of linear warm-up
+    restarts: tuple = () # steps at which the cosine starts again (SGDR, arXiv 1608.03983)
     betas: tuple = (.9, .99)
     weight_decay: float = 0.
     clip: float = 0. # largest gradient norm; 0 clips nothing
@@ -135,10 +137,10 @@ class TrainConfig:
 CONFIGS = {
     'sampling-miniature': TrainConfig(
         unet=dict(nf=32, ch_mult=(1, 2, 4), context_dim=10, use_image_context=False, scale=.5),
-        parametrisation='residual', told=True, steps=10_000, batch=4, patch=64, zoom=4.,
-        lr=6e-4, warmup=200, clip=1., ema=.999, ema_every=1),
+        parametrisation='residual', told=True, steps=24_000, batch=4, patch=64, zoom=4.,
+        lr=6e-4, warmup=200, restarts=(10_000,), clip=1., ema=.999, ema_every=1),
     'universal-paper': TrainConfig(unet=dict(use_degra_context=False, use_image_context=False), precision='bfloat16')}
-CONFIGS['noise-miniature'] = replace(CONFIGS['sampling-miniature'], parametrisation='noise', steps=1500)
+CONFIGS['noise-miniature'] = replace(CONFIGS['sampling-miniature'], parametrisation='noise', steps=1500, restarts=())
 
 # %% ../nbs/08_training.ipynb #b4bfa2a7
 def load_config(
@@ -175,6 +177,8 @@ def make_config(
     config = replace(base, **changes)
     if unknown := set(config.degradations) - set(DEGRADATIONS):
         raise ValueError(f"{where}: degradations name {sorted(unknown)[0]!r}: expected some of {', '.join(DEGRADATIONS)}")
+    if any(type(r) is not int or r <= config.warmup for r in config.restarts):
+        raise ValueError(f"{where}: restarts is {list(config.restarts)}: expected whole steps after the warm-up ({config.warmup})")
     unet, n = dict(use_degra_context=True, context_dim=512) | config.unet, len(config.degradations)
     if config.told and not (unet['use_degra_context'] and unet['context_dim'] == n):
         raise ValueError(f"{where}: told is true: expected unet to have use_degra_context and context_dim = {n}, one for each word")
@@ -241,15 +245,22 @@ def learning_rate(
     step:int, # 0 is the first
     config:TrainConfig,
 ) -> float:
-    "Linear warm-up, then half a cosine from lr to lr_min."
+    "Linear warm-up, then half a cosine from lr to lr_min, and another after each restart."
     if step < config.warmup: return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    marks = [config.warmup, *config.restarts, config.steps]
+    start = max(m for m in marks[:-1] if m <= step)
+    end = min(m for m in marks if m > start)
+    done = (step - start) / (end - start)
     return config.lr_min + (config.lr - config.lr_min) * (1 + torch.cos(torch.tensor(done * torch.pi)).item()) / 2
 
 # %% ../nbs/08_training.ipynb #43426d4c
 def _plain(config:TrainConfig) -> str: return json.dumps(asdict(config), sort_keys=True)
 
 # %% ../nbs/08_training.ipynb #929552a9
+def processes() -> tuple[int, int]: # number of this process, number of all
+    "Which of the processes of a training this is; set by `torchrun` and `accelerate launch`."
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
 class Trainer:
     "A training run in a folder: start, interrupt anywhere, start again, same weights."
     def __init__(self,
@@ -259,6 +270,8 @@ class Trainer:
     ):
         self.config, self.out = config, Path(out)
         self.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        self.rank, self.world = processes()
+        if self.world > 1: self.device = self.join()
         if config.precision != 'float32' and self.device == 'cpu':
             raise ValueError(f"precision {config.precision} needs a GPU: expected float32 on the CPU, where it is slower and less exact")
         self.denoiser = build(config).to(self.device)
@@ -273,7 +286,8 @@ class Trainer:
 # %% ../nbs/08_training.ipynb #cf6d3ebf
 @patch
 def save(self:Trainer):
-    "Write the checkpoint, atomically."
+    "Write the checkpoint, atomically; of several processes the first does."
+    if self.rank: return
     state = dict(config=_plain(self.config), step=self.step, log=self.log, denoiser=self.denoiser.state_dict(),
                  average=self.average.state_dict(), optimiser=self.optimiser.state_dict())
     with atomic(self.checkpoint) as tmp: torch.save(state, tmp)
@@ -293,20 +307,39 @@ def resume(self:Trainer):
     self.optimiser.load_state_dict(state['optimiser'])
     self.step, self.log = state['step'], state['log']
 
+# %% ../nbs/08_training.ipynb #47549ab8
+@patch
+def join(self:Trainer) -> str: # device of this process
+    "Take part in a training of several processes; ValueError when the batch cannot be shared out evenly."
+    from accelerate import PartialState
+    if self.config.batch % self.world:
+        raise ValueError(f"batch is {self.config.batch}: expected a multiple of the number of processes ({self.world})")
+    return str(PartialState(cpu=self.device == 'cpu').device)
+
+@patch
+def average_gradients(self:Trainer):
+    "Replace the gradient of this process by the mean over all."
+    from accelerate.utils import reduce
+    gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+    flat = reduce(torch.cat([g.flatten() for g in gradients]), 'mean') # one message instead of a hundred
+    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])): g.copy_(mean.view_as(g))
+
 # %% ../nbs/08_training.ipynb #b91f41c1
 @patch
 def train_step(self:Trainer, photos:list[Tensor]) -> float: # loss
     "One optimiser step on batch number `self.step`."
     config = self.config
     *tensors, words = make_batch(photos, config, self.step, self.denoiser.sde.T)
-    hq, lq, t, noise = (x.to(self.device) for x in tensors)
+    hq, lq, t, noise = (x[self.rank::self.world].to(self.device) for x in tensors)
+    words = words[self.rank::self.world]
     for group in self.optimiser.param_groups: group['lr'] = learning_rate(self.step, config)
-    with torch.autocast(self.device, dtype=torch.bfloat16, enabled=config.precision == 'bfloat16'):
+    with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=config.precision == 'bfloat16'):
         loss = self.denoiser.loss(hq, lq, t, noise, self.denoiser.context(words, len(hq)))
     if not loss.isfinite():
         raise ValueError(f"the loss is {loss.item()} at step {self.step}: lower lr (now {config.lr}) or set clip")
     self.optimiser.zero_grad()
     loss.backward()
+    if self.world > 1: self.average_gradients()
     if config.clip: nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.clip)
     self.optimiser.step()
     self.step += 1
@@ -326,7 +359,7 @@ def fit(self:Trainer,
     "Train with progress and the time left; Ctrl-C or an exception writes a checkpoint, a killed process loses at most `save_every` steps."
     if not photos: raise ValueError("no photographs to train on: expected at least one")
     started, before, recent = time.perf_counter(), self.log[-1]['seconds'] if self.log else 0., []
-    bar = tqdm(total=self.config.steps, initial=self.step, desc='training', mininterval=2, disable=not progress)
+    bar = tqdm(total=self.config.steps, initial=self.step, desc='training', mininterval=2, disable=not progress or self.rank > 0)
     try:
         while self.step < min(until or self.config.steps, self.config.steps):
             recent.append(self.train_step(photos))
@@ -336,7 +369,7 @@ def fit(self:Trainer,
                             seconds=round(before + time.perf_counter() - started, 1))
                 recent = []
                 self.log.append(line)
-                for look in watch: line |= look(self) or {}
+                for look in watch if self.rank == 0 else (): line |= look(self) or {}
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
             if self.step % save_every == 0: self.save()
     finally:
@@ -452,10 +485,11 @@ def train_command(
     if steps: config = make_config(dict(steps=steps), config)
     train, held_out = split_photos(photos)
     trainer = Trainer(config, out, device)
-    print(f"{name}: {len(train)} photographs to train on, {len(held_out)} held out, on {trainer.device}, "
-          f"from step {trainer.step} of {config.steps}")
+    if trainer.rank == 0: print(f"{name}: {len(train)} photographs to train on, {len(held_out)} held out, on {trainer.device}, "
+                                f"from step {trainer.step} of {config.steps}")
     images, unseen = to_bytes(train), to_bytes(held_out)
     log = trainer.fit(images, watch=(validator(unseen, config, every=max(50, config.steps // 24 // 50 * 50)),))
+    if trainer.rank: return Path(out) / f'{name}.safetensors' # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
     measured = {k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'gain')} if log else {}
     facts = {'photographs': len(train), 'what they are': about} | measured

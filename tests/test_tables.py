@@ -1,4 +1,5 @@
 "Tables, statistics and figures: what must hold whatever the experiment."
+import re
 import subprocess
 import sys
 import time
@@ -145,7 +146,95 @@ def test_ties_are_marked_by_pairs(rows):
 def test_a_group_without_all_photographs_is_not_marked(rows):
     table = tb.sampling_table(rows.query("not (method == 'posterior' and photo == 'photo0000')"))
     best = line(table, 'posterior')
-    assert best.mark == '' and best.missing == 6 and '(36 of 42 images)' in tb.average_markdown(table)
+    assert best.mark == best.mark_headline == '' and best.missing == 6 and '| 36 of 42' in tb.average_markdown(table)
+
+
+def bold(text): return {r['degradation']: {c for c in r if r[c].startswith('**')} for r in records(text)}
+
+
+def records(text):
+    "The lines of a Markdown table, column → text."
+    cells = [[c.strip() for c in r.strip('|').split('|')] for r in text.splitlines() if r.startswith('|')]
+    return [dict(zip(cells[0], r)) for r in cells[2:]]
+
+
+@pytest.fixture(scope='module')
+def worse(rows):
+    "Posterior sampling wins in 10 steps and is far behind in 100, the steps of the per-degradation tables."
+    return rows.assign(psnr=rows.psnr - 5 * ((rows.method == 'posterior') & (rows.steps == 100)))
+
+
+def test_bold_means_best_of_the_columns_shown(worse):
+    "What is not in a table cannot take its bold print away, and the table of averages still compares all lines."
+    table = tb.sampling_table(worse)
+    assert line(table, 'posterior', 10).mark == 'best' and (table.query("steps != 10 and metric == 'psnr'").mark == '').all()
+    assert (table.query('steps == 10').mark_headline == '').all() and line(table, 'sde').mark_headline == 'best'
+    shown = bold(tb.degradation_markdown(table, 'psnr'))
+    assert list(shown) == ['hazy', 'noisy', 'rainy', 'average'] and all(b == {'sde'} for b in shown.values())
+    assert [r['steps'] for r in records(tb.average_markdown(table)) if '**' in r['PSNR (dB) ↑']] == ['10']
+    alone = tb.sampling_table(worse.query('steps != 10'))
+    assert (alone.mark == alone.mark_headline).all()
+    both = table.query('steps != 10').reset_index(drop=True)
+    assert both.mark_headline.tolist() == alone.mark.tolist()
+
+
+def test_ties_and_the_input_are_bold_among_the_columns_shown(worse):
+    ode = worse.query("method == 'ode' and steps == 100")
+    sde = worse.query("method == 'sde' and steps == 100").psnr.to_numpy()
+    twin = ode.assign(method='twin', psnr=sde + np.tile([.2, -.2], len(ode) // 2))
+    assert bold(tb.degradation_markdown(tb.sampling_table(pd.concat([worse, twin]), ['psnr']), 'psnr'))['average'] == {'sde', 'twin'}
+    lost = worse.assign(psnr=worse.psnr - 9 * (worse.steps == 100))
+    assert bold(tb.degradation_markdown(tb.sampling_table(lost, ['psnr']), 'psnr'))['average'] == {'input'}
+    few = tb.sampling_table(worse[worse.photo < 'photo0004'], ['psnr'])
+    assert (few.mark_headline == '').all()
+
+
+def test_without_steps_all_lines_are_headline(rows):
+    made = rows.query("steps == 100").rename(columns={'method': 'training'}).drop(columns='steps')
+    table = tb.sampling_table(made, by=['training'], baseline={'training': 'ode'})
+    assert tb.headline(table, {'training': 'ode'}).all() and table.mark_headline.equals(table.mark) and (table.mark == 'best').any()
+
+
+# ---- narrow tables
+
+def test_what_every_line_shares_is_a_sentence(rows):
+    text = tb.average_markdown(tb.sampling_table(rows))
+    assert list(records(text)[0]) == ['method', 'steps', 'PSNR (dB) ↑', 'SSIM ↑', 'ST-LPIPS ↓']
+    assert text.endswith('In every line: photos 7, seeds 2, images 42, protocol rgb, scale synthetic, published numbers not available, '
+                         'LPIPS not available.')
+    mixed = tb.average_markdown(tb.sampling_table(rows.query('steps != 100 or seed == 0'), groups=[dict(method='ode', steps=5)]))
+    assert list(records(mixed)[0])[-2:] == ['seeds', 'images'] and 'In every line that was run: photos 7, protocol' in mixed
+    by = {(r['method'], r['steps']): r for r in records(mixed)}
+    assert by['sde', '100']['images'] == '21 of 42' and by['sde', '10']['images'] == '42' and by['input', '0']['images'] == '42'
+    assert by['ode', '5']['images'] == '–' and by['ode', '5']['SSIM ↑'] == 'not run'
+
+
+def test_images_are_counted_once_a_line(rows):
+    table = tb.sampling_table(rows.query('steps != 100 or seed == 0'))
+    text = tb.degradation_markdown(table, 'psnr')
+    assert text.endswith('Images behind each number (the input aside): 7 of 14.') and 'images' not in records(text)[0]
+    assert tb.page(table).count('of 42') == 3
+    holes = rows.assign(ssim=rows.ssim.where((rows.method != 'ode') | (rows.photo > 'photo0000')))
+    ode = next(r for r in records(tb.average_markdown(tb.sampling_table(holes))) if r['method'] == 'ode')
+    assert ode['images'] == 'PSNR/ST-LPIPS: 42, SSIM: 36 of 42'
+    uneven = rows.query("not (method == 'ode' and degradation == 'noisy' and seed == 1)")
+    by = {r['degradation']: r for r in records(tb.degradation_markdown(tb.sampling_table(uneven), 'psnr'))}
+    assert by['noisy']['images'] == 'sde/posterior: 14, ode: 7 of 14' and by['hazy']['images'] == '14'
+
+
+def test_a_metric_stays_where_one_line_has_it(rows):
+    some = rows.assign(lpips=rows.psnr.where(rows.method == 'sde') / 100)
+    by = {r['method']: r for r in records(tb.average_markdown(tb.sampling_table(some)))}
+    assert by['sde']['LPIPS ↓'].startswith('0.2') and by['ode']['LPIPS ↓'] == 'not available'
+
+
+def test_claims_say_once_what_they_share(rows):
+    ten = {'better': {'method': 'posterior', 'steps': 10}, 'than': {'method': 'sde', 'steps': 10}}
+    claims = [CLAIM, CLAIM | ten | {'name': 'ten'}, CLAIM | {'name': 'absent', 'than': {'method': 'sde', 'steps': 7}}]
+    text = tb.claims_markdown(tb.claim_table(rows.query("method != 'posterior' or steps != 100 or seed == 0"), claims))
+    assert [r['images'] for r in records(text)] == ['21 of 42', '42', '–']
+    assert [r['verdict'] for r in records(text)] == ['reproduced', 'reproduced', "not run ('than' was not run)"]
+    assert text.endswith('In every line that was run: published difference not available, photos 7.')
 
 
 def test_not_run_and_not_available(rows):
@@ -271,7 +360,16 @@ def test_published_numbers_stand_beside_ours_with_their_dagger(rows):
     wanted = papers[(papers.table == 'Table 3') & (papers.method == 'IR-SDE') & (papers.metric == 'PSNR')].value.item()
     assert mean.published == wanted and mean.published_status == 'verified' and noisy.published_status == 'unverified'
     assert line(table, 'ode').published_status == 'not available'
-    assert '†' in tb.published_text(table.query("method == 'sde' and steps == 100 and degradation == 'noisy'"))
+    assert tb.cell_text(mean).endswith(f'] ({wanted:.2f})') and tb.cell_text(noisy).endswith(f'] ({noisy.published:.2f}†)')
+    assert tb.cell_text(line(table, 'ode')).endswith(']') and '(' not in tb.cell_text(mean, 'gain')
+    page = tb.page(table)
+    assert f'] ({wanted:.2f}) |' in page and f'({noisy.published:.2f}†) |' in page
+    assert 'In parentheses' in page and '†: published' in page and 'published numbers not available' not in page
+    plain = tb.page(tb.sampling_table(rows))
+    assert '†' not in plain and 'In parentheses' not in plain
+    away = tb.sampling_table(rows.query("not (method == 'sde' and steps == 100)"), published=cells, groups=[dict(method='sde', steps=100)])
+    assert tb.cell_text(line(away, 'sde')) == f'not run ({wanted:.2f})'
+    assert re.search(r'not available \(0\.\d+\)', tb.average_markdown(table)), 'a published LPIPS is shown where ours is missing'
     claim = CLAIM | {'published': dict(paper='DA-CLIP (2310.01018)', table='Table 3', better='DA-CLIP (Ours)', than='IR-SDE')}
     judged = tb.claim_table(rows, [claim], papers=papers).iloc[0]
     best = papers.query("table == 'Table 3' and method == 'DA-CLIP (Ours)' and metric == 'PSNR'").value.item()

@@ -1,11 +1,10 @@
 "Training: exact resume after any interruption, and bad files refused in one sentence."
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -61,31 +60,53 @@ def test_resume_is_exact(images, tmp_path, parametrisation, stops):
     assert_same(weights_of(straight), weights_of(again))
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from dataclasses import replace
-sys.path.insert(0, sys.argv[2])
-from test_training import TOY, Trainer, packaged_photos, to_bytes
-print('ready', flush=True)
-t = Trainer(replace(TOY, steps=60), sys.argv[1], 'cpu')
-t.fit(to_bytes(packaged_photos()[:3], side=48), save_every=1, progress=False)
-"""
+def train_alone(out, steps):
+    "Train in a process of its own, with a checkpoint after every step."
+    torch.set_num_threads(1)
+    photos = to_bytes(packaged_photos()[:3], side=48)
+    Trainer(replace(TOY, steps=steps), out, 'cpu').fit(photos, save_every=1, progress=False)
 
 
-def test_kill_9_loses_nothing(tmp_path):
-    command = [sys.executable, '-c', SCRIPT, str(tmp_path/'run'), os.path.dirname(__file__)]
-    for delay in (.1, .35, .6):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline().strip() == 'ready'
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    subprocess.run(command, check=True, capture_output=True)
-    subprocess.run([*command[:3], str(tmp_path/'straight'), command[-1]], check=True, capture_output=True)
-    killed, straight = (torch.load(tmp_path/d/'checkpoint.pt', weights_only=True) for d in ('run', 'straight'))
-    assert killed['step'] == 60
+@pytest.fixture(scope='module', autouse=True)
+def processes():
+    "Where processes of their own come from: a server that imports torch (and what its optimisers import late) during the first tests."
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch._dynamo', 'daclip_repro.training'])
+    forkserver.ensure_running()
+    return context
+
+
+def wait_for_checkpoints(file, process, count):
+    "Wait until the checkpoint was replaced `count` times; the seconds between the last two."
+    seen, deadline = [file.stat().st_mtime_ns if file.exists() else 0], time.monotonic() + 60
+    while len(seen) <= count and process.is_alive() and time.monotonic() < deadline:
+        if file.exists() and file.stat().st_mtime_ns != seen[-1]: seen.append(file.stat().st_mtime_ns)
+        time.sleep(.001)
+    return (seen[-1] - seen[-2:][0]) / 1e9
+
+
+def test_kill_9_loses_nothing(processes, tmp_path):
+    "Kill -9 three times, in a step or in a save: the checkpoint is whole each time, and the end is that of an undisturbed training."
+    steps, step = 13, 0
+    def start(name):
+        process = processes.Process(target=train_alone, args=(tmp_path/name, steps))
+        process.start()
+        return process
+    runs = {name: tmp_path/name/'checkpoint.pt' for name in ('killed', 'straight')}
+    for part in (0, .4, .8):
+        process = start('killed')
+        time.sleep(part * wait_for_checkpoints(runs['killed'], process, 2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, 'it was not killed at work'
+        before, step = step, torch.load(runs['killed'], weights_only=True)['step']
+        assert before + 2 <= step < steps
+    for name in runs:
+        process = start(name)
+        process.join(60)
+        assert process.exitcode == 0
+    killed, straight = (torch.load(file, weights_only=True) for file in runs.values())
+    assert killed['step'] == straight['step'] == steps
     assert_same(killed['denoiser'], straight['denoiser'])
     assert_same(killed['average'], straight['average'])
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FILE_PARAMETERS', 'STATUSES', 'canonical', 'digest', 'hash_file', 'write_atomic', 'notebook_cells', 'imported_names',
            'package_folder', 'package_sources', 'code_parts', 'weights_print', 'photos_print', 'installed_packages',
-           'input_parts', 'run_id', 'differences', 'Run', 'RunningElsewhere', 'now', 'provenance', 'save_rows']
+           'input_parts', 'run_id', 'differences', 'Run', 'RunningElsewhere', 'is_locked', 'slurm_job', 'now', 'gpus',
+           'difference', 'provenance', 'save_rows', 'Progress', 'PartialRows']
 
 # %% ../../nbs/sweeps/00_records.ipynb #b6ab58a6
-import ast, csv, fcntl, io, json, os, platform, shutil, subprocess, sys
+import ast, csv, fcntl, io, json, os, platform, shutil, subprocess, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
@@ -19,11 +20,13 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/sweeps/00_records.ipynb #285e8af0
+_JSON = json.JSONEncoder(sort_keys=True, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
+
 def canonical(
     value, # plain data: dict, list, tuple, str, int, float, bool, None
 ) -> str: # the one JSON text of this value
     "Equal values, equal text."
-    return json.dumps(value, sort_keys=True, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
+    return _JSON.encode(value)
 
 def digest(value) -> str: # 64 hex digits
     "SHA-256 of a value's canonical text."
@@ -177,9 +180,16 @@ def input_parts(
             else: parts['photos'][f'{key}: {name}'] = photos_print(name, beside)
     return parts
 
+_digested = {} # the runs of a sweep share their parts: each is hashed once
+
+def _digest_once(part) -> str:
+    if not isinstance(part, dict): return part # a hash already
+    if id(part) not in _digested: _digested[id(part)] = part, digest(part) # the part is kept, so that its address is not used again
+    return _digested[id(part)][1]
+
 def run_id(parts:dict) -> str: # 16 hex digits
     "The name of a run."
-    return digest(parts)[:16]
+    return digest({k: v if k == 'parameters' else _digest_once(v) for k, v in parts.items()})[:16]
 
 # %% ../../nbs/sweeps/00_records.ipynb #53c21c06
 def differences(
@@ -208,8 +218,8 @@ class Run:
     def id(self) -> str: # 16 hex digits
         return run_id(self.parts | dict(parameters=self.parameters))
 
-    @property
-    def folder(self) -> Path: return self.root/self.experiment/self.id
+    @cached_property
+    def folder(self) -> Path: return Path(f'{self.root}/{self.experiment}/{self.id}')
 
     @property
     def label(self) -> str: # for people
@@ -229,22 +239,36 @@ def lock(self:Run): # gives the file descriptor that holds the lock; child proce
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise RunningElsewhere(f'{self.label}: another process is working on {self.id}') from None
+        os.truncate(fd, 0)
+        os.pwrite(fd, f'{platform.node()} {os.getpid()}'.encode(), 0)
         yield fd
     finally: os.close(fd)
 
 # %% ../../nbs/sweeps/00_records.ipynb #9243cbce
-@patch
-def running(self:Run) -> bool:
+def is_locked(path) -> bool: # path of a lock file, which may be missing
     "Whether some process holds the lock."
-    try: fd = os.open(self.root/self.experiment/'.locks'/self.id, os.O_RDONLY | os.O_CLOEXEC)
+    try: fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError: return False
     try: fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError: return True
     finally: os.close(fd)
     return False
 
+@patch
+def running(self:Run) -> bool:
+    "Whether some process works on this run."
+    return is_locked(self.root/self.experiment/'.locks'/self.id)
+
+# %% ../../nbs/sweeps/00_records.ipynb #25a04f5d
+@patch
+def holder(self:Run) -> tuple[str, int]|None: # machine and process that hold the lock; None: nobody
+    "Who is working on this run."
+    if not self.running(): return None
+    machine, process = (self.root/self.experiment/'.locks'/self.id).read_text().split()
+    return machine, int(process)
+
 # %% ../../nbs/sweeps/00_records.ipynb #011155ed
-_REMADE = ('record.json', 'failure.json', 'executed.ipynb', 'rows.csv', 'log.txt', 'provenance.json')
+_REMADE = ('record.json', 'failure.json', 'executed.ipynb', 'rows.csv', 'log.txt', 'provenance.json', 'difference.diff', 'progress.json')
 
 @patch
 def begin(self:Run):
@@ -254,37 +278,68 @@ def begin(self:Run):
     for path in [*map(self.folder.joinpath, _REMADE), *self.folder.glob('*.tmp')]: path.unlink(missing_ok=True)
     content = dict(parameters=self.parameters, **self.parts)
     write_atomic(self.folder/'parameters.json', json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+    attempt = dict(started=now(), job=slurm_job())
+    with open(self.folder/'attempts.jsonl', 'a', encoding='utf-8') as f: f.write(canonical(attempt) + '\n')
+
+@patch
+def attempts(self:Run) -> list[dict]: # when each was started, and in which Slurm job; the latest last
+    "How often this run was begun."
+    try: return [json.loads(line) for line in (self.folder/'attempts.jsonl').read_text('utf-8').splitlines()]
+    except (OSError, ValueError): return []
+
+def slurm_job() -> str|None: # as 123_4; None outside Slurm
+    "The Slurm job that this process is part of."
+    array, index = os.environ.get('SLURM_ARRAY_JOB_ID'), os.environ.get('SLURM_ARRAY_TASK_ID')
+    return f'{array}_{index}' if array and index else os.environ.get('SLURM_JOB_ID')
+
+
 
 # %% ../../nbs/sweeps/00_records.ipynb #941abbd6
+_SEAL = ',\n "seal": ' # what stands between the sealed part and its hash
+
 @patch
 def seal(self:Run):
     "Write the record: from here on the run is done."
     if not (self.folder/'rows.csv').is_file(): raise ValueError(f'{self.label}: the notebook ended without writing rows.csv into run_dir')
+    for path in [*self.folder.glob('*.tmp'), self.folder/'partial.jsonl', self.folder/'progress.json']: path.unlink(missing_ok=True)
     files = sorted(p for p in self.folder.rglob('*') if p.is_file() and p.name not in ('record.json', 'failure.json'))
-    hashes = {p.relative_to(self.folder).as_posix(): hash_file(p) for p in files}
-    record = dict(format=1, experiment=self.experiment, id=self.id, files=hashes)
-    write_atomic(self.folder/'record.json', json.dumps(record | dict(seal=digest(record)), indent=1) + '\n')
+    facts = {p.relative_to(self.folder).as_posix(): [hash_file(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    body = json.dumps(dict(format=2, experiment=self.experiment, id=self.id, files=facts), indent=1).removesuffix('\n}')
+    write_atomic(self.folder/'record.json', f'{body}{_SEAL}"{sha256(body.encode()).hexdigest()}"\n}}\n')
+    (self.folder/'failure.json').unlink(missing_ok=True)
 
 # %% ../../nbs/sweeps/00_records.ipynb #2e817cf3
+def _read(path:str) -> str: # a third of the time of open() and read()
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try: return os.read(file, os.fstat(file).st_size).decode()
+    finally: os.close(file)
+
 @patch
-def problem(self:Run) -> str|None: # what contradicts the record; None: nothing
+def problem(self:Run,
+    thorough:bool=True, # hash every file; False: only those whose size or time of change differ from the record
+) -> str|None: # what contradicts the record; None: nothing
     "Compare a finished run with its record."
+    folder = f'{self.root}/{self.experiment}/{self.id}' # as text, here and below: a sweep may have ten thousand runs
     try:
-        record = json.loads((self.folder/'record.json').read_text('utf-8'))
-        if record.pop('seal') != digest(record) or record['id'] != self.id: return 'record.json was edited'
+        text = _read(f'{folder}/record.json')
+        record = json.loads(text)
+        body = text[:text.rindex(_SEAL)]
+        if sha256(body.encode()).hexdigest() != record['seal'] or record['id'] != self.id: return 'record.json was edited'
+        if record['format'] != 2: return 'record.json has a format of another version of this package'
     except FileNotFoundError: return 'record.json is missing'
-    except (ValueError, KeyError, TypeError, AttributeError): return 'record.json is not readable'
-    for name, expected in record['files'].items():
-        try: actual = hash_file(self.folder/name)
+    except (ValueError, KeyError, TypeError): return 'record.json is not readable'
+    for name, (expected, size, changed) in record['files'].items():
+        try:
+            if not thorough and ((there := os.stat(f'{folder}/{name}')).st_size, there.st_mtime_ns) == (size, changed): continue
+            if hash_file(f'{folder}/{name}') != expected: return f'{name} was edited'
         except FileNotFoundError: return f'{name} is missing'
-        if actual != expected: return f'{name} was edited'
 
 # %% ../../nbs/sweeps/00_records.ipynb #aabd0d8b
 STATUSES = ('done', 'running', 'failed', 'tampered', 'not run')
 
 @patch
 def fail(self:Run,
-    kind:str, # 'code', 'time limit', 'kernel died' or 'machine'
+    kind:str, # 'code', 'time limit', 'kernel died', 'machine' or 'job'
     error:str, # last line of the error
 ):
     "Note why a run did not finish."
@@ -300,7 +355,10 @@ def failure(self:Run) -> dict: # kind, error and when; empty when it did not fai
 @patch
 def status(self:Run) -> str: # one of STATUSES
     "What the files say, now."
-    if (self.folder/'record.json').exists(): return 'tampered' if self.problem() else 'done'
+    match self.problem(thorough=False):
+        case None: return 'done'
+        case 'record.json is missing': pass
+        case _: return 'tampered'
     if self.running(): return 'running'
     return 'failed' if self.failure() else 'not run'
 
@@ -309,9 +367,17 @@ def now() -> str: # UTC, to the second
     return datetime.now(UTC).isoformat(timespec='seconds')
 
 # %% ../../nbs/sweeps/00_records.ipynb #dc35c23f
-def _git(folder, *arguments:str) -> bytes|None: # output; None where git or the repository is missing
+def _said(*command:str) -> bytes|None: # its output; None where the program is missing or fails
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(['git', '-C', str(folder), *arguments], capture_output=True, check=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+
+def gpus() -> list[str]: # their names; empty where there is none
+    "The NVIDIA GPUs of this machine, asked without importing PyTorch."
+    return (_said('nvidia-smi', '--query-gpu=name', '--format=csv,noheader') or b'').decode().splitlines()
+
+def difference(folder) -> bytes|None: # None where git or the repository is missing
+    "How the working tree differs from its last commit."
+    return _said('git', '-C', str(folder), 'diff', 'HEAD', '--binary')
 
 def provenance(
     folder, # a folder of the repository
@@ -319,11 +385,11 @@ def provenance(
     seed:int|None=None, # of the run, if it has one
 ) -> dict: # plain data
     "The circumstances of a run that has just ended."
-    commit, diff = _git(folder, 'rev-parse', 'HEAD'), _git(folder, 'diff', 'HEAD', '--binary')
-    changed = _git(folder, 'status', '--porcelain')
+    commit, diff = _said('git', '-C', str(folder), 'rev-parse', 'HEAD'), difference(folder)
+    changed = _said('git', '-C', str(folder), 'status', '--porcelain')
     return dict(commit=commit.decode().strip() if commit else 'not available', dirty=bool(changed) if commit else 'not available',
-        diff=sha256(diff).hexdigest() if diff else None,
-        python=platform.python_version(), system=f'{platform.system()} {platform.machine()}',
+        diff=sha256(diff).hexdigest() if diff else None, python=platform.python_version(),
+        system=f'{platform.system()} {platform.machine()}', host=platform.node(), gpus=gpus(), job=slurm_job(),
         seed=seed, started=started, finished=now(), packages=installed_packages())
 
 # %% ../../nbs/sweeps/00_records.ipynb #da4dcb72
@@ -351,3 +417,62 @@ def rows(self:Run): # pandas.DataFrame: run, parameters, then the notebook's col
     stamps = dict(run=self.id) | {k: canonical(v) if isinstance(v, (list, tuple, dict)) else v for k, v in self.parameters.items()}
     stamps = {k: [v] * len(table) for k, v in stamps.items() if k not in table}
     return pd.concat([pd.DataFrame(stamps, index=table.index), table], axis=1)
+
+# %% ../../nbs/sweeps/00_records.ipynb #8e96f96c
+class Progress:
+    "How far a run is, for `daclip status`; writes nothing when `run_dir` is empty."
+    def __init__(self,
+        run_dir:str, # folder of the run
+        total:int, # steps or items
+        done:int=0, # finished by an earlier attempt
+    ):
+        self.path, self.total = Path(run_dir)/'progress.json' if run_dir else None, total
+        self.began, self.first, self.written = time.time(), done, 0.
+        self.update(done)
+
+    def update(self, done:int):
+        "Note it, at most once a second; the last step always."
+        if self.path is None or done < self.total and time.time() - self.written < 1: return
+        self.written = time.time()
+        write_atomic(self.path, json.dumps(dict(done=done, total=self.total, first=self.first, began=self.began, noted=self.written)))
+
+@patch
+def progress(self:Run) -> tuple[int, int, float|None]|None: # done, total, seconds left if they can be told; None: not reported
+    "What the notebook says about its progress."
+    try: p = json.loads((self.folder/'progress.json').read_text('utf-8'))
+    except (OSError, ValueError): return None
+    new = p['done'] - p['first']
+    return p['done'], p['total'], (p['noted'] - p['began']) / new * (p['total'] - p['done']) if new else None
+
+# %% ../../nbs/sweeps/00_records.ipynb #d67ecfba
+class PartialRows:
+    "Rows of finished items that outlive an interruption; in memory only when `run_dir` is empty."
+    def __init__(self,
+        run_dir:str, # folder of the run
+        total:int|None=None, # items, to report progress
+    ):
+        self.path, self.rows = Path(run_dir)/'partial.jsonl' if run_dir else None, {}
+        if self.path and self.path.exists():
+            whole = [line for line in self.path.read_text('utf-8').splitlines(keepends=True) if line.endswith('\n')]
+            write_atomic(self.path, ''.join(whole)) # without the line that a kill cut in half
+            self.rows = {key: rows for key, rows in map(json.loads, whole)}
+        self.bar = Progress(run_dir, total, len(self.rows)) if total else None
+
+    def __contains__(self, item) -> bool: return canonical(item) in self.rows
+
+    def add(self,
+        item, # plain data that names it
+        rows:list[dict], # what it gave
+    ):
+        "Keep the rows of an item."
+        self.rows[canonical(item)] = rows
+        if self.path:
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps([canonical(item), rows]) + '\n')
+                f.flush()
+                os.fsync(f.fileno())
+        if self.bar: self.bar.update(len(self.rows))
+
+    def all(self, items) -> list[dict]:
+        "The rows of these items, in this order: the same whichever attempt made them."
+        return [row for item in items for row in self.rows[canonical(item)]]

@@ -1,0 +1,44 @@
+"The one real Slurm cluster of the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import slurm_cluster as sc
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items):
+    "These tests stop the cluster's daemons and nodes: never two at once, so all go to one worker of `pytest -n`."
+    for item in items:
+        if 'slurm_cluster' in getattr(item, 'fixturenames', []): item.add_marker(pytest.mark.xdist_group('slurm'))
+
+
+@pytest.fixture(scope='session')
+def slurm_cluster():
+    "A running `Cluster`, one for the session. Most tests want `slurm`, which also cleans up between them."
+    folder = tempfile.mkdtemp(prefix='slurm-')  # not pytest's own folder: its path is too long for a socket
+    cluster, here = sc.Cluster(folder), str(os.getpid())
+    nowhere = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
+    guard = subprocess.Popen([sys.executable, sc.__file__, 'down', '--after', here],  # also when pytest is killed
+                             env=os.environ | dict(DACLIP_SLURM=folder), start_new_session=True, **nowhere)
+    try:
+        try: cluster.up()
+        except sc.NoSlurm as e: (pytest.fail if os.environ.get('CI') else pytest.skip)(str(e))
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(folder, ignore_errors=True)
+        guard.kill(); guard.wait()
+
+
+@pytest.fixture
+def slurm(slurm_cluster, monkeypatch):
+    "The running cluster with all its daemons and nodes and without jobs; Slurm's commands, and submitit, find it."
+    for key in [k for k in os.environ if k.startswith(('SLURM_', 'SBATCH_'))]: monkeypatch.delenv(key)
+    for key, value in slurm_cluster.env.items(): monkeypatch.setenv(key, value)
+    yield slurm_cluster
+    slurm_cluster.up()
+    slurm_cluster.clear()
