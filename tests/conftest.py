@@ -1,4 +1,4 @@
-"The one real Slurm cluster of the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
+"A real Slurm for the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
 import os
 import shutil
 import subprocess
@@ -9,16 +9,9 @@ import pytest
 import slurm_cluster as sc
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    "These tests stop the cluster's daemons and nodes: never two at once, so all go to one worker of `pytest -n`."
-    for item in items:
-        if 'slurm_cluster' in getattr(item, 'fixturenames', []): item.add_marker(pytest.mark.xdist_group('slurm'))
-
-
 @pytest.fixture(scope='session')
 def slurm_cluster():
-    "A running `Cluster`, one for the session. Most tests want `slurm`, which also cleans up between them."
+    "A running `Cluster`: each worker of `pytest -n` has its own, since tests stop daemons and nodes. Most tests want `slurm`."
     folder = tempfile.mkdtemp(prefix='slurm-')  # not pytest's own folder: its path is too long for a socket
     cluster, here = sc.Cluster(folder), str(os.getpid())
     nowhere = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)

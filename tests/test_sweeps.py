@@ -3,6 +3,7 @@ import getpass
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -14,9 +15,22 @@ import psutil
 import pytest
 from sweep_tools import BODY, TINY, notebook, python, sweep_file, wait_for
 
-from daclip_repro.sweeps.launch import make_plan, read_rows, run_sweep, status
+from daclip_repro.sweeps.launch import (
+    Worker,
+    cancel,
+    describe,
+    leftovers,
+    logs,
+    make_plan,
+    read_rows,
+    run_sweep,
+    slots,
+    status,
+)
 from daclip_repro.sweeps.papermill import declared_parameters, default_root, execute, load_sweep
 from daclip_repro.sweeps.records import (
+    PartialRows,
+    Progress,
     Run,
     RunningElsewhere,
     code_parts,
@@ -146,6 +160,102 @@ def test_kernel_start_is_tried_again(tmp_path, monkeypatch):
     assert len(attempts) == 3 and (tmp_path/'rows.csv').exists()
 
 
+def test_points_and_seeds(tmp_path):
+    path = sweep_file(tmp_path, dict(grid=dict(method=['sde']), points=[dict(method='ode', steps=20)], seeds=[3, 4],
+                                     exclude=[dict(steps=20, seed=3)]))
+    assert [r.point for r in load_sweep(path).runs()] == [dict(method='sde', seed=3), dict(method='sde', seed=4),
+                                                          dict(method='ode', steps=20, seed=4)]
+
+
+def test_code_that_failed_is_left_alone_until_asked_for(tmp_path):
+    path = sweep_file(tmp_path, dict(seeds=[0, 1]), 'if seed: 1 / 0', BODY)
+    assert len(run_sweep(path, progress=False).failed) == 1
+    run = load_sweep(path).runs()[1]
+    again = run_sweep(path, progress=False)
+    assert (again.skipped, again.exit_code, len(run.attempts())) == (1, 1, 1) and 'ZeroDivisionError' in again.failed['seed=1']
+    assert run_sweep(path, progress=False, retry='failed').exit_code == 1 and len(run.attempts()) == 2
+
+
+def test_machine_that_fails_is_tried_again_with_pauses(tmp_path):
+    path = sweep_file(tmp_path, dict(retries=2), "import errno\nraise OSError(errno.ENOSPC, 'No space left on device')")
+    sweep = load_sweep(path)
+    run, = sweep.runs()
+    worker = Worker(sweep, 'miniature', run, pause=.1)
+    wait_for(lambda: (ended := worker.poll()) and ended[0] == 'failed' and 'No space left' in ended[1])
+    assert (len(run.attempts()), run.failure()['kind']) == (3, 'machine')
+    assert [k.run.id for k in make_plan(path).todo] == [run.id] # a later call tries it again
+
+
+def test_only_some_runs(tmp_path):
+    path = sweep_file(tmp_path)
+    chosen = [k.run.point for k in make_plan(path, only=['method=sde', 'seed=0', 'seed=2']).todo]
+    assert chosen == [dict(method='sde', seed=0), dict(method='sde', seed=2)]
+    for text, expected in [('method', 'expected key=value'), ('metod=sde', "did you mean 'method'?"), ('seed=9', 'no run of this profile'),
+                           ('seed=[', 'is not a value in YAML'), ('rate=0.5', 'does not vary')]:
+        with pytest.raises(ValueError, match=re.escape(expected)): make_plan(path, only=[text])
+    for wrong in (dict(retry='all'), dict(cluster='cloud')):
+        with pytest.raises(ValueError, match='expected one of'): run_sweep(path, **wrong)
+
+
+def test_cancel_stops_a_run_on_this_machine(tmp_path):
+    body = "open(run_dir + '/here', 'w').close()\nimport time; time.sleep(600)"
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1]), workers=1), body)
+    process = sweep_process(path)
+    runs = load_sweep(path).runs()
+    wait_for((runs[0].folder/'here').exists)
+    assert cancel(path) == ['seed=0: asked to stop'] and cancel(path, only=['seed=1']) == []
+    wait_for((runs[1].folder/'here').exists) # the sweep goes on with the next
+    assert len(cancel(path)) == 1
+    _, err = process.communicate()
+    assert process.returncode == 1 and 'seed=0: stopped' in err
+    assert [k.state for k in make_plan(path).looks] == ['not run', 'not run']
+
+
+def test_debug_shows_and_stops_at_the_first_failure(tmp_path):
+    path = sweep_file(tmp_path, dict(seeds=[0, 1, 2]), "print('seen', seed)\nif seed == 1: 1 / 0", BODY)
+    process = python(f'from daclip_repro.sweeps.launch import run_sweep; print(run_sweep({str(path)!r}, cluster="debug").failed)',
+                     text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = process.communicate()[0]
+    assert 'seen 0' in said and 'seen 1' in said and 'seen 2' not in said and 'ZeroDivisionError' in said.splitlines()[-1]
+    assert [k.state for k in make_plan(path).looks] == ['done', 'failed', 'not run']
+
+
+def test_leftovers_are_the_runs_that_nobody_asks_for(tmp_path):
+    path = sweep_file(tmp_path, dict(grid=dict(seed=[0, 1])))
+    old = load_sweep(path).runs()
+    for run in old: run.begin(), save_rows([dict(a=1)], str(run.folder)), run.seal()
+    assert leftovers(path) == []
+    sweep_file(tmp_path, dict(grid=dict(seed=[1, 2])))
+    (path.parent/'runs'/'tiny'/'notes').mkdir() # not a run
+    assert leftovers(path) == [old[0].folder]
+    with old[0].lock(): assert leftovers(path) == []
+
+
+def test_logs_of_a_run(finished):
+    run = load_sweep(finished).runs()[0]
+    assert 'Executing notebook' in logs(run.id[:6], run.root) or 'has not printed' in logs(run.id[:6], run.root)
+    for text, expected in [('../..', 'is not the id of a run'), ('g1', 'is not the id'), ('', 'is not the id'), ('0' * 16, 'no run')]:
+        with pytest.raises(ValueError, match=expected): logs(text, run.root)
+
+
+def test_slots_give_each_run_gpus_of_its_own(tmp_path, monkeypatch):
+    settings = lambda **k: load_sweep(sweep_file(tmp_path, k)).file.profiles['miniature']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,2,5,7,9')
+    two = settings(resources=dict(gpus=2))
+    assert slots(two) == [dict(CUDA_VISIBLE_DEVICES='0,2'), dict(CUDA_VISIBLE_DEVICES='5,7')] and len(slots(two, 1)) == 1
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with pytest.raises(ValueError, match='a run needs 2, this machine has none: use --cluster slurm'): slots(two)
+    assert slots(settings(workers=3)) == [{}] * 3 and slots(settings(workers=3), 5) == [{}] * 5
+    assert len(slots(settings(threads=10**6))) == 1
+
+
+def test_weights_that_do_not_exist_are_missed_before_anything_starts(tmp_path):
+    path = sweep_file(tmp_path, dict(parameters=dict(weights='big.safetensors')), BODY,
+                      parameters="weights = ''\nseed = 0\nmethod = ''\nrun_dir = ''")
+    with pytest.raises(ValueError, match='weights: big.safetensors: no such file'): run_sweep(path)
+    assert 'missing: weights: big.safetensors: no such file' in describe(make_plan(path)) and not (tmp_path/'runs').exists()
+
+
 # -- records ----------------------------------------------------------------------------------------------------------
 
 def test_second_call_is_quick_and_light(finished):
@@ -220,6 +330,46 @@ def test_begin_keeps_what_a_notebook_resumes_from(tmp_path):
     run.begin()
     assert sorted(p.name for p in run.folder.iterdir()) == ['attempts.jsonl', 'checkpoint.pt', 'parameters.json']
     assert len(run.attempts()) == 2
+
+
+def test_partial_rows_survive_a_torn_line(tmp_path):
+    kept = PartialRows(str(tmp_path), total=3)
+    kept.add(dict(photo='a', seed=0), [dict(psnr=float('inf')), dict(psnr=1.5)])
+    kept.add('b', [dict(psnr=2.)])
+    with (tmp_path/'partial.jsonl').open('a') as f: f.write('["\\"c\\"", [{"psn')
+    again = PartialRows(str(tmp_path), total=3)
+    assert dict(seed=0, photo='a') in again and 'b' in again and 'c' not in again
+    again.add('c', [dict(psnr=3.)])
+    everything = PartialRows(str(tmp_path)).all(['c', dict(photo='a', seed=0), 'b'])
+    assert everything == [dict(psnr=3.), dict(psnr=float('inf')), dict(psnr=1.5), dict(psnr=2.)]
+
+
+def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
+    clock = [1000.]
+    monkeypatch.setattr('time.time', lambda: clock[0])
+    run = Run('toy', {}, {}, tmp_path)
+    run.begin()
+    assert run.progress() is None
+    bar = Progress(str(run.folder), 100, done=40)
+    assert run.progress() == (40, 100, None)
+    clock[0] += 10
+    bar.update(60)
+    assert run.progress() == (60, 100, 20.) # 20 steps in 10 seconds, 40 to go
+    bar.update(61)
+    assert run.progress()[0] == 60 # at most once a second
+    bar.update(100)
+    assert run.progress() == (100, 100, 0.)
+    save_rows([dict(a=1)], str(run.folder)), run.seal()
+    assert not (run.folder/'progress.json').exists() and run.status() == 'done'
+
+
+def test_edit_that_keeps_the_size_is_noticed(tmp_path):
+    run = Run('toy', {}, {}, tmp_path)
+    run.begin(), save_rows([dict(a=1)], str(run.folder)), run.seal()
+    (run.folder/'rows.csv').write_text('a\r\n2\r\n')
+    assert run.status() == 'tampered' and run.problem() == 'rows.csv was edited'
+    (run.folder/'rows.csv').write_text('a\r\n1\r\n') # as it was, but written later
+    assert run.status() == 'done' and run.problem() is None
 
 
 def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
@@ -392,6 +542,19 @@ MALFORMED = {
     'exclusion of nothing': (GOOD + '    exclude: [{seed: 7}]', 'line 5: profiles.miniature.exclude.0: excludes nothing'),
     'exclusion of everything': (GOOD + '    exclude: [{seed: [0, 1]}]', 'leaves no run'),
     'exclusion by another key': (GOOD + '    exclude: [{sead: 0}]', "is not in the grid; did you mean 'seed'?"),
+    'unknown resource':
+        (GOOD + '    resources: {gpu: 1}', "line 5: profiles.miniature.resources.gpu: unknown key; did you mean 'gpus'?"),
+    'resource of the wrong type': (GOOD + '    resources: {gpus: two}', 'profiles.miniature.resources.gpus: should be a valid integer'),
+    'line break for sbatch':
+        (GOOD + '    resources: {partition: "a\\n#SBATCH --uid=0"}', 'holds a character that sbatch does not take here'),
+    'seeds twice':
+        (GOOD + '    seeds: [1]', "line 5: profiles.miniature.seeds: 'seed' stands in the grid or in points as well"),
+    'seed repeated':
+        (GOOD.replace('grid: {seed: [0, 1]}', 'seeds: [1, 1]'), 'line 4: profiles.miniature.seeds: a value stands there twice'),
+    'seed of text': (GOOD.replace('grid: {seed: [0, 1]}', 'seeds: [one]'), 'profiles.miniature.seeds.0: should be a valid integer'),
+    'unknown parameter of a point': (GOOD + '    points: [{sead: 3}]', 'line 5: profiles.miniature.points.0.sead: unknown parameter'),
+    'point of the wrong type': (GOOD + '    points: [{seed: x}]', "profiles.miniature.points.0.seed: 'x' is not of type int"),
+    'point of the grid': (GOOD + '    points: [{seed: 1}]', 'profiles.miniature.points: a combination stands there twice'),
     'nameless claim': (GOOD + 'claims: [{row: 1}]', "line 5: claims.0: a claim needs a 'name'"),
     'claim of text': (GOOD + 'claims: [better]', 'claims.0: expected a mapping'),
 }

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -143,6 +144,8 @@ def test_kernel_is_killed(slurm, busy):
 
 
 def test_controller_is_killed_and_comes_back(slurm, busy):
+    start = time.time()
+    wait_for(lambda: (slurm.folder/'slurmctld'/'job_state').stat().st_mtime > start) # newer jobs than it has saved are lost with it
     slurm.restart('slurmctld', sig=signal.SIGKILL)
     wait_for(lambda: ended(busy))
     check_table(busy)

@@ -53,7 +53,9 @@ def _ended(self:Worker, code:int) -> tuple[str, str]|None:
         said = file.read().decode(errors='replace').strip().splitlines()
     self.process = None
     if code == 0: return 'done', ''
-    if code == BUSY: return 'busy', 'another process is working on it'
+    if code == BUSY:
+        self.tries -= 1 # that was none
+        return 'busy', 'another process is working on it'
     if self.asked or code in (STOPPED, -signal.SIGTERM): return 'stopped', ''
     if self.late: self.note('time limit', 'killed: it ignored its time limit')
     elif code < 0:
@@ -114,15 +116,15 @@ def slurm_jobs(
     for file in sorted(folder.glob('*/sent.json'), key=lambda p: p.stat().st_mtime):
         with contextlib.suppress(ValueError, OSError): sent[file.parent.name] = json.loads(file.read_text('utf-8'))
     sent = {token: s for token, s in sent.items() if wanted & set(s['runs'])}
-    if not sent: return {}
+    if not sent or not shutil.which('squeue'): return {} # records that were copied to a machine without Slurm
     queue, found = _queue(experiment), {}
-    ended = _ended_jobs([s['job'] for token, s in sent.items() if s['job']])
+    ended = _ended_jobs(experiment, [s['job'] for s in sent.values() if s['job']])
     for token, s in sent.items():
         for index, id in enumerate(s['runs']):
             if id not in wanted: continue
             if (token, index) in queue: found[id] = *queue[token, index], True
             elif id in found and found[id][2]: continue # an older one that is still in the queue
-            else: found[id] = _job_name(s, id), ended.get((s['job'], index), 'no longer in the queue'), False
+            else: found[id] = _job_name(s, id), ended.get((token, index), 'no longer in the queue'), False
     return found
 
 def _job_name(sent:dict, id:str) -> str: # a job that is no array has no index
@@ -141,13 +143,15 @@ def _queue(experiment:str) -> dict[tuple[str, int], tuple[str, str]]: # job and 
         found[token, 0 if alone else int(index)] = job if alone else f'{job}_{index}', f'{state}{why}'
     return found
 
-def _ended_jobs(jobs:list[str]) -> dict[tuple[str, int], str]: # state, by job and index
-    if not jobs: return {}
-    ask = 'sacct', '--noheader', '--allocations', '--parsable2', '--format=JobID,State', '--jobs', ','.join(jobs)
-    try: lines = _asked(*ask).splitlines()
+def _ended_jobs(experiment:str, jobs:list[str]) -> dict[tuple[str, int], str]: # state, by token and index
+    ask = 'sacct', '--noheader', '--allocations', '--parsable2', '--format=JobID,State,JobName', '--jobs', ','.join(jobs)
+    try: lines = _asked(*ask).splitlines() if jobs else []
     except ValueError: return {} # a cluster without accounting
-    pairs = [line.split('|', 1) for line in lines if '|' in line]
-    return {(id.partition('_')[0], int(id.partition('_')[2] or 0)): state for id, state in pairs if id.replace('_', '').isdigit()}
+    found = {}
+    for id, state, name in (line.split('|', 2) for line in lines):
+        prefix, _, token = name.rpartition('-') # a number may be given again after a crash of Slurm, the token never
+        if prefix == f'daclip-{experiment}' and id.replace('_', '').isdigit(): found[token, int(id.partition('_')[2] or 0)] = state
+    return found
 
 # %% ../../nbs/sweeps/02_launch.ipynb #723322e6
 STATES = ('done', 'running', 'queued', 'failed', 'tampered', 'stale', 'not run')
