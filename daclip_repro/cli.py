@@ -182,11 +182,19 @@ def status(
     import time
     from daclip_repro.sweeps import launch
     while True:
-        plans = [(f, launch.make_plan(f, profile, None, only)) for f in _files(file)]
-        text = "\n".join(launch.report(p.looks, f"{f} {profile}: ", every) for f,p in plans)
+        lines, going = [], False
+        for f in _files(file):
+            try: plan = launch.make_plan(f, profile, None, only)
+            except ValueError as e: # another sweep file is none the worse for it, and Slurm may answer again the next time
+                if file and not watch: raise
+                lines.append(str(e))
+                going |= "Slurm" in str(e)
+            else:
+                lines.append(launch.report(plan.looks, f"{f} {profile}: ", every))
+                going |= bool(plan.going)
         if watch: typer.clear() # does nothing where there is no terminal
-        typer.echo(text)
-        if not watch or not any(p.going for _,p in plans): return
+        typer.echo("\n".join(lines))
+        if not watch or not going: return
         time.sleep(5)
 
 @app.command()
@@ -196,7 +204,7 @@ def logs(
 ):
     "Show what a run printed."
     from daclip_repro.sweeps.launch import default_root, logs
-    typer.echo(logs(run, root or default_root(Path("experiments/any.yaml"))))
+    typer.echo(logs(run, root or default_root(Path("here.yaml"))))
 
 # %% ../nbs/10_cli.ipynb #40f2506a
 @app.command()

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweep_tools import BODY, TINY, notebook, python, sweep_file, wait_for
+from sweep_tools import BODY, DEFAULTS, TINY, notebook, python, sweep_file, wait_for
 
 from daclip_repro.sweeps.launch import (
     Worker,
+    _look,
     cancel,
     describe,
     leftovers,
@@ -203,7 +204,7 @@ def test_cancel_stops_a_run_on_this_machine(tmp_path):
     process = sweep_process(path)
     runs = load_sweep(path).runs()
     wait_for((runs[0].folder/'here').exists)
-    assert cancel(path) == ['seed=0: asked to stop'] and cancel(path, only=['seed=1']) == []
+    assert cancel(path)[0].startswith('seed=0: asked to stop (its sweep goes on') and cancel(path, only=['seed=1']) == []
     wait_for((runs[1].folder/'here').exists) # the sweep goes on with the next
     assert len(cancel(path)) == 1
     _, err = process.communicate()
@@ -218,6 +219,9 @@ def test_debug_shows_and_stops_at_the_first_failure(tmp_path):
     said = process.communicate()[0]
     assert 'seen 0' in said and 'seen 1' in said and 'seen 2' not in said and 'ZeroDivisionError' in said.splitlines()[-1]
     assert [k.state for k in make_plan(path).looks] == ['done', 'failed', 'not run']
+    again = run_sweep(path, cluster='debug', only=['seed=1']) # what failed is what one wants to debug
+    assert list(again.failed) == ['seed=1'] and len(load_sweep(path).runs()[1].attempts()) == 2
+    with pytest.raises(ValueError, match='workers: not for cluster debug'): run_sweep(path, cluster='debug', workers=2)
 
 
 def test_leftovers_are_the_runs_that_nobody_asks_for(tmp_path):
@@ -236,6 +240,20 @@ def test_logs_of_a_run(finished):
     assert 'Executing notebook' in logs(run.id[:6], run.root) or 'has not printed' in logs(run.id[:6], run.root)
     for text, expected in [('../..', 'is not the id of a run'), ('g1', 'is not the id'), ('', 'is not the id'), ('0' * 16, 'no run')]:
         with pytest.raises(ValueError, match=expected): logs(text, run.root)
+
+
+def test_edited_result_is_put_aside_and_not_deleted(tmp_path):
+    run = Run('toy', {}, {}, tmp_path)
+    run.begin(), save_rows([dict(a=1)], str(run.folder)), run.seal()
+    (run.folder/'rows.csv').write_text('a\n2\n')
+    run.begin()
+    assert run.status() == 'not run' and [p.read_text() for p in tmp_path.glob('toy/.edited/*/rows.csv')] == ['a\n2\n']
+
+
+def test_job_that_ended_says_nothing_about_a_run_that_goes_on_here(tmp_path):
+    run = Run('toy', {}, {}, tmp_path)
+    assert _look(run, 'running', ('6_1', 'CANCELLED', False), None).job == ''
+    assert _look(run, 'running', ('6_1', 'RUNNING', True), None).job == '6_1'
 
 
 def test_slots_give_each_run_gpus_of_its_own(tmp_path, monkeypatch):
@@ -342,6 +360,9 @@ def test_partial_rows_survive_a_torn_line(tmp_path):
     again.add('c', [dict(psnr=3.)])
     everything = PartialRows(str(tmp_path)).all(['c', dict(photo='a', seed=0), 'b'])
     assert everything == [dict(psnr=3.), dict(psnr=float('inf')), dict(psnr=1.5), dict(psnr=2.)]
+    in_memory = PartialRows('')
+    in_memory.add('d', [dict(size=(1, 2))])
+    assert in_memory.all(['d']) == [dict(size=[1, 2])] # as it would be read back
 
 
 def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
@@ -408,6 +429,30 @@ def test_sources_follow_imports(toy, code, reached):
     assert set(package_sources(code, toy/'pkg')) == expected
 
 
+def test_scripts_beside_the_notebook_count_with_what_they_import(tmp_path):
+    nb = notebook(tmp_path/'a.ipynb', 'import subprocess')
+    assert set(code_parts(nb)) == {'notebook', 'package'}
+    (tmp_path/'train.py').write_text('from daclip_repro.sweeps.records import now')
+    before = code_parts(nb)
+    assert set(before['scripts']) == {'train.py'} and 'sweeps/records.py' in before['package']
+    (tmp_path/'train.py').write_text('from daclip_repro.sweeps.records import  now')
+    assert differences(before, code_parts(nb)) == ['scripts: train.py']
+
+
+def test_large_files_are_hashed_again_only_when_they_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    (tmp_path/'photos').mkdir()
+    big = tmp_path/'photos'/'big.png'
+    big.write_bytes(bytes(2**16))
+    first = input_parts(dict(photos='photos'), tmp_path)
+    monkeypatch.setattr('daclip_repro.sweeps.records.hash_file', lambda path: 1 / 0)
+    assert input_parts(dict(photos='photos'), tmp_path) == first
+    monkeypatch.undo()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    big.write_bytes(bytes(2**16 - 1) + b'1')
+    assert input_parts(dict(photos='photos'), tmp_path) != first
+
+
 def test_relative_imports(): assert imported_names('from ..photos import load', 'pkg.sub') == {'pkg.photos', 'pkg.photos.load'}
 
 
@@ -454,6 +499,12 @@ def test_status_says_why_a_run_is_stale(tmp_path):
     assert status(path).status[0] == 'done'
     notebook(tmp_path/'tiny.ipynb', BODY, '1 + 1')
     assert (status(path).status[0], status(path).note[0]) == ('stale', 'changed: notebook')
+    notebook(tmp_path/'tiny.ipynb', BODY, parameters=DEFAULTS.replace('steps = 10', 'steps = 20'))
+    assert status(path).note[0] == '' # a single run has no place in a grid
+    path = sweep_file(tmp_path, dict(seeds=[0, 1]), name='grid')
+    for run in load_sweep(path).runs(): run.begin(), save_rows([dict(a=1)], str(run.folder)), run.seal()
+    notebook(tmp_path/'grid.ipynb', BODY, parameters=DEFAULTS.replace('steps = 10', 'steps = 20\nnew = 1'))
+    assert list(status(path).note) == ['changed: notebook, parameters: new, parameters: steps'] * 2
     assert differences(dict(package=dict(a=1)), dict(package=dict(a=1, b=2))) == ['package: b']
     assert set(code_parts(tmp_path/'tiny.ipynb')['package']) >= {'sweeps/records.py'}
 
@@ -545,6 +596,8 @@ MALFORMED = {
     'unknown resource':
         (GOOD + '    resources: {gpu: 1}', "line 5: profiles.miniature.resources.gpu: unknown key; did you mean 'gpus'?"),
     'resource of the wrong type': (GOOD + '    resources: {gpus: two}', 'profiles.miniature.resources.gpus: should be a valid integer'),
+    'no time to work':
+        (GOOD + '    resources: {minutes: 1}', 'line 5: profiles.miniature.resources: minutes: 1 leaves no time to work'),
     'line break for sbatch':
         (GOOD + '    resources: {partition: "a\\n#SBATCH --uid=0"}', 'holds a character that sbatch does not take here'),
     'seeds twice':

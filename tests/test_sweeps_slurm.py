@@ -104,7 +104,9 @@ def test_requeued_by_an_administrator(slurm, busy):
     assert [len(r.attempts()) for r in load_sweep(busy).runs()] == [1, 2, 1]
 
 
-def test_preempted_by_somebody_more_important(slurm, tmp_path):
+@pytest.mark.parametrize('grace', [0, 8])
+def test_preempted_by_somebody_more_important(slurm, tmp_path, grace):
+    slurm.run('scontrol', 'update', 'PartitionName=main', f'GraceTime={grace}')
     path = slow_sweep(tmp_path, cpus=3) # two nodes of four CPUs: the third run waits
     send(path)
     runs = load_sweep(path).runs()
@@ -114,6 +116,7 @@ def test_preempted_by_somebody_more_important(slurm, tmp_path):
     slurm.wait(urgent, 'COMPLETED')
     check_table(path)
     assert sum(len(r.attempts()) for r in runs) > 3
+    slurm.run('scontrol', 'update', 'PartitionName=main', 'GraceTime=0')
 
 
 def test_time_limit_in_the_middle_of_a_run(slurm, tmp_path):
@@ -327,6 +330,6 @@ def test_no_slurm_here(tmp_path, monkeypatch):
 
 def test_no_answer_from_slurm(slurm, tmp_path):
     slurm.stop('slurmctld')
-    with pytest.raises(ValueError, match='sinfo: .*'): send(slow_sweep(tmp_path))
+    with pytest.raises(ValueError, match=r'Slurm \(sinfo\): .*'): send(slow_sweep(tmp_path))
 
 

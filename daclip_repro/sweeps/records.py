@@ -9,7 +9,7 @@ __all__ = ['FILE_PARAMETERS', 'STATUSES', 'canonical', 'digest', 'hash_file', 'w
            'difference', 'provenance', 'save_rows', 'Progress', 'PartialRows']
 
 # %% ../../nbs/sweeps/00_records.ipynb #b6ab58a6
-import ast, csv, fcntl, io, json, os, platform, shutil, subprocess, sys, time
+import ast, csv, fcntl, io, json, os, platform, subprocess, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
@@ -75,7 +75,8 @@ def imported_names(
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = resolve_name('.' * node.level + (node.module or ''), package) if node.level else node.module
+            try: base = resolve_name('.' * node.level + (node.module or ''), package) if node.level else node.module
+            except ImportError: return None # relative to a package that is not known
             names |= {base, *(f'{base}.{a.name}' for a in node.names)}
         elif getattr(node, 'id', getattr(node, 'attr', None)) in _BY_NAME: return None
     return names
@@ -121,17 +122,39 @@ def _python(cells:list[dict]) -> str: # the code of a notebook without its magic
 def code_parts(
     notebook, # path of the notebook
     package:Path|None=None, # folder of the package; default: this one
-) -> dict: # notebook: hash; package: hash by file
+) -> dict: # notebook: hash; package and scripts: hash by file
     "The part of a run's identity that is code."
-    cells = notebook_cells(notebook)
-    return dict(notebook=digest([[c['type'], c['source']] for c in cells]), package=package_sources(_python(cells), package))
+    cells, scripts = notebook_cells(notebook), sorted(Path(notebook).parent.glob('*.py'))
+    code = '\n'.join([_python(cells), *(p.read_text('utf-8', errors='replace') for p in scripts)])
+    parts = dict(notebook=digest([[c['type'], c['source']] for c in cells]), package=package_sources(code, package))
+    return parts | (dict(scripts={p.name: hash_file(p) for p in scripts}) if scripts else {})
 
 # %% ../../nbs/sweeps/00_records.ipynb #537b2a4f
+def _cached_hashes(
+    files:list[Path],
+) -> list[str]:
+    "`hash_file` of each; large files that have the same size and time of change as last time are not read again."
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'daclip_repro'/'hashes.json'
+    try: known = json.loads(cache.read_text('utf-8'))
+    except (OSError, ValueError): known = {}
+    hashes, before = [], len(known)
+    for path in files:
+        stat = path.stat()
+        if stat.st_size < 2**16: hashes.append(hash_file(path)); continue
+        key = canonical([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
+        if key not in known: known[key] = hash_file(path)
+        hashes.append(known[key])
+    if len(known) > before:
+        with suppress(OSError): # a home that cannot be written costs time, nothing else
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache, json.dumps(known))
+    return hashes
+
 def _tree(
     path:Path, # a file or a folder
 ) -> str: # one hash of names and contents
     files = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file())
-    return digest([[p.relative_to(path).as_posix(), hash_file(p)] for p in files])
+    return digest([[p.relative_to(path).as_posix(), h] for p, h in zip(files, _cached_hashes(files))])
 
 def weights_print(
     name:str, # packaged weights, or a path
@@ -264,8 +287,8 @@ def running(self:Run) -> bool:
 def holder(self:Run) -> tuple[str, int]|None: # machine and process that hold the lock; None: nobody
     "Who is working on this run."
     if not self.running(): return None
-    machine, process = (self.root/self.experiment/'.locks'/self.id).read_text().split()
-    return machine, int(process)
+    text = (self.root/self.experiment/'.locks'/self.id).read_text().split()
+    return (text[0], int(text[1])) if len(text) == 2 else None # taken this instant
 
 # %% ../../nbs/sweeps/00_records.ipynb #011155ed
 _REMADE = ('record.json', 'failure.json', 'executed.ipynb', 'rows.csv', 'log.txt', 'provenance.json', 'difference.diff', 'progress.json')
@@ -273,7 +296,10 @@ _REMADE = ('record.json', 'failure.json', 'executed.ipynb', 'rows.csv', 'log.txt
 @patch
 def begin(self:Run):
     "Prepare the folder; call it with the lock held. What a notebook left there to resume from stays."
-    if (self.folder/'record.json').exists(): shutil.rmtree(self.folder) # edited after it was done: nothing in it can be relied on
+    if (self.folder/'record.json').exists(): # edited after it was done: nothing in it can be relied on, but it may be dear to somebody
+        aside = self.folder.parent/'.edited'/f'{self.id}-{time.time_ns()}'
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(self.folder, aside)
     self.folder.mkdir(parents=True, exist_ok=True)
     for path in [*map(self.folder.joinpath, _REMADE), *self.folder.glob('*.tmp')]: path.unlink(missing_ok=True)
     content = dict(parameters=self.parameters, **self.parts)
@@ -465,7 +491,7 @@ class PartialRows:
         rows:list[dict], # what it gave
     ):
         "Keep the rows of an item."
-        self.rows[canonical(item)] = rows
+        self.rows[canonical(item)] = rows = json.loads(json.dumps(rows)) # as a later attempt will read them
         if self.path:
             with open(self.path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps([canonical(item), rows]) + '\n')
