@@ -380,7 +380,7 @@ class Cluster:
     def clear(self):
         "Cancel all jobs, wait for their end, and give every node back to the queue."
         if self.run('squeue', '--noheader'): self.run('scancel', f'--user={os.getuid()}')
-        if away := self.run('sinfo', '-h', '-p', 'main', '-t', 'down,drain', '-o', '%n').split(): self.set_node('resume', *away)
+        if away := self.run('sinfo', '-h', '-N', '-p', 'main', '-t', 'down,drain', '-o', '%N').split(): self.set_node('resume', *away)
         wait_until(lambda: not self.run('squeue', '--noheader'), 'jobs do not end')
 
 

@@ -25,8 +25,8 @@ kept = PartialRows(run_dir, total=len(photos))
 for photo in photos:
     if photo in kept: continue
     time.sleep(pause)
-    kept.add(photo, [dict(photo=photo, psnr=random.Random(f'{seed} {photo}').random())])
     with Path(run_dir, 'computed').open('a') as f: f.write(photo + '\\n')
+    kept.add(photo, [dict(photo=photo, psnr=random.Random(f'{seed} {photo}').random())])
 save_rows(kept.all(photos), run_dir)"""
 PARAMETERS = "seed = 0\npause = 0.0\nrun_dir = ''"
 RESOURCES = dict(partition='main', cpus=1, grace_seconds=10)
