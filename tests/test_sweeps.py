@@ -1,7 +1,9 @@
 """Sweeps: what is refused, what is noticed, and that a killed sweep ends in the same rows as an undisturbed one."""
+import contextlib
 import getpass
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -45,9 +47,9 @@ from daclip_repro.sweeps.records import (
 )
 
 
-def sweep_process(path, **kwargs):
+def sweep_process(path, on=subprocess.PIPE, **kwargs):
     return python(f'from daclip_repro.sweeps.launch import run_sweep; s = run_sweep({str(path)!r}); print(s.ran); exit(s.exit_code)',
-                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                  text=True, stdout=on, stderr=on, **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -114,6 +116,25 @@ def test_ctrl_c_stops_everything_and_blames_nobody(tmp_path):
     assert list(status(path).status) == ['not run', 'not run']
     cells = json.loads((runs[0].folder/'executed.ipynb').read_text())['cells']
     assert [c['metadata']['papermill']['status'] for c in cells] == ['completed', 'completed', 'completed', 'failed', 'pending']
+
+
+def test_live_table_on_a_terminal(tmp_path):
+    counts = """from daclip_repro.sweeps.records import Progress
+bar = Progress(run_dir, 9)
+import time
+for i in range(9): time.sleep(.3); bar.update(i + 1)
+if seed: 1 / 0"""
+    path = sweep_file(tmp_path, dict(seeds=[0, 1], workers=1), counts, BODY)
+    ours, theirs = pty.openpty()
+    process = sweep_process(path, stdin=theirs, env=os.environ | dict(COLUMNS='120', TERM='xterm'), on=theirs)
+    os.close(theirs)
+    seen = b''
+    with contextlib.suppress(OSError): # the terminal is gone with the process
+        while part := os.read(ours, 4096): seen += part
+    os.close(ours)
+    text = re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', seen.decode())
+    assert process.wait() == 1 and re.search(r'  seed=0 .* [1-8]/9', text) and re.search(r'tiny miniature .* 2/2', text)
+    assert 'seed=1: In [3]: ZeroDivisionError' in ' '.join(text.split())
 
 
 def test_failures_say_why_and_leave_no_record(tmp_path):

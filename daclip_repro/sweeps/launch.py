@@ -383,10 +383,10 @@ def _shown(summary:Summary, title:str, progress:bool): # gives a function to cal
                 if not line.endswith(': done'): table.console.print(line, markup=False, highlight=False)
                 table.update(whole, completed=summary.ended)
             def running(workers):
-                for run in lines.keys() - {w.run for w in workers}: table.remove_task(lines.pop(run))
+                for id in lines.keys() - {w.run.id for w in workers}: table.remove_task(lines.pop(id))
                 for run in (w.run for w in workers):
-                    if run not in lines: lines[run] = table.add_task(f'  {run.label}', total=None)
-                    if p := run.progress(): table.update(lines[run], completed=p[0], total=p[1])
+                    if run.id not in lines: lines[run.id] = table.add_task(f'  {run.label}', total=None)
+                    if p := run.progress(): table.update(lines[run.id], completed=p[0], total=p[1])
             yield show, running
 
 # %% ../../nbs/sweeps/02_launch.ipynb #0552fb84
