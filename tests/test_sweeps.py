@@ -233,6 +233,18 @@ def test_cancel_stops_a_run_on_this_machine(tmp_path):
     assert [k.state for k in make_plan(path).looks] == ['not run', 'not run']
 
 
+def test_cancel_leaves_the_jobs_of_another_profile_alone(tmp_path, monkeypatch):
+    path = sweep_file(tmp_path, dict(seeds=[0]))
+    for token, profile in [('aaaa', 'miniature'), ('bbbb', 'paper')]:
+        (tmp_path/'runs'/'tiny'/'.jobs'/token).mkdir(parents=True)
+        (tmp_path/'runs'/'tiny'/'.jobs'/token/'sent.json').write_text(json.dumps(dict(profile=profile, runs=['0' * 16], job='7')))
+    queue = lambda experiment, tokens: {(t, 0): (f'job of {t}', 'RUNNING') for t in tokens}
+    monkeypatch.setattr('daclip_repro.sweeps.launch._queue', queue)
+    asked = []
+    monkeypatch.setattr('daclip_repro.sweeps.launch._asked', lambda *command: asked.append(command))
+    assert cancel(path) == ['job job of aaaa of an earlier version cancelled'] and asked == [('scancel', 'job of aaaa')]
+
+
 def test_debug_shows_and_stops_at_the_first_failure(tmp_path):
     path = sweep_file(tmp_path, dict(seeds=[0, 1, 2]), "print('seen', seed)\nif seed == 1: 1 / 0", BODY)
     process = python(f'from daclip_repro.sweeps.launch import run_sweep; print(run_sweep({str(path)!r}, cluster="debug").failed)',

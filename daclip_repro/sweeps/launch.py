@@ -635,8 +635,8 @@ def cancel(
     plan, lines = make_plan(path, profile, root, only), []
     jobs = {k.job: f'{k.run.label}: job {k.job} cancelled' for k in plan.going if k.job}
     if not only: # the notebook or the package may have been edited since
-        notes = plan.looks[0].run.folder.parent/'.jobs'
-        queue = _queue(plan.sweep.name, [p.parent.name for p in notes.glob('*/sent.json')])
+        notes = (plan.looks[0].run.folder.parent/'.jobs').glob('*/sent.json')
+        queue = _queue(plan.sweep.name, [p.parent.name for p in notes if json.loads(p.read_text('utf-8'))['profile'] == profile])
         jobs |= {job: f'job {job} of an earlier version cancelled' for job, _ in queue.values() if job not in jobs}
     if jobs: _asked('scancel', *jobs)
     for k in plan.going:
