@@ -1,25 +1,20 @@
 """IR-SDE, posterior sampling and the denoising SDE against the authors' code: every tensor of the golden files."""
-import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_data import describe, recorded
 
 from daclip_repro.irsde import IRSDE, DenoisingSDE
 from daclip_repro.posterior import posterior_std, posterior_step, reverse_posterior
 
-GOLDEN = Path(os.environ.get('GOLDEN_DIR', Path(__file__).parent/'golden'))
 ARRAYS = ('thetas', 'sigmas', 'thetas_cumsum', 'sigma_bars', 'dt')
 TOY_A = 'model(x,mu,t) = 0.1*tanh(x-mu) + 0.01*t/100 (t is what the SDE passes: index*T/sample_T)'
 TOY_B = 'x0h = 0.5+0.4*sin(3*mu); i = round(t*sample_T/T); model = 0.9*(x - mu_bar(x0h,i))/sigma_bar(i) + 0.02*cos(5*x)'
 TOY_DENOISING = 'model(x,t) = 0.2*sin(2x) + 0.01*t/100'
 
 
-def load(name):
-    return json.loads((GOLDEN/f'{name}.json').read_text()), load_file(GOLDEN/f'{name}.safetensors')
+def load(name): return describe(name), recorded(name)
 
 
 def replay(noises):
@@ -90,7 +85,7 @@ def irsde_trajectory(sde, g, net, kind):
     return {'ode': sde.reverse_ode, 'sde': sde.reverse_sde, 'posterior': lambda **kw: reverse_posterior(sde, **kw)}[kind](**args)
 
 
-@pytest.mark.parametrize('settings', load('irsde')[0]['settings'])
+@pytest.mark.parametrize('settings', describe('irsde')['settings'])
 def test_irsde(settings):
     meta, g = load('irsde')
     sde = IRSDE(**meta['settings'][settings])
@@ -134,7 +129,7 @@ def optimal_reverse(sde, x, x0):
     return x
 
 
-@pytest.mark.parametrize('settings', load('denoising_sde')[0]['settings'])
+@pytest.mark.parametrize('settings', describe('denoising_sde')['settings'])
 def test_denoising_sde(settings):
     meta, g = load('denoising_sde')
     sde, out = DenoisingSDE(**meta['settings'][settings]), f'{settings}.out.'
@@ -150,8 +145,7 @@ def test_denoising_sde(settings):
 
 def test_the_base_repository_computes_the_same():
     "Where the golden file says that image-restoration-sde's IRSDE is bit-identical, the settings are among those compared above"
-    _, g = load('denoising_sde')
-    compared = load('irsde')[0]['settings']
+    g, compared = recorded('denoising_sde'), describe('irsde')['settings']
     markers = {k: v for k,v in g.items() if k.endswith('.out.identical_to_uir')}
     assert markers
     for name, value in markers.items():

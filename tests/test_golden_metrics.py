@@ -1,17 +1,13 @@
 """PSNR, SSIM, luminance, rounding and the two resizes against the values of the authors' code."""
-import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_data import describe, recorded
 
 from daclip_repro.metrics import Protocol, clip_transform, imresize, psnr, rgb_to_ycbcr, ssim, to_uint8
 
-GOLDEN = Path(os.environ.get('GOLDEN_DIR', Path(__file__).parent/'golden'))
-META = json.loads((GOLDEN/'metrics.json').read_text())
+META = describe('metrics')
 TOL = META['tolerance']
 ATOL = TOL['ssim'] # images in [0,1] have no tolerance of their own: held to the tighter of the two
 SCORE = re.compile(r'f64\.out\.(pair\d+)\.(?:c(\d+)\.)?(psnr|ssim)(_y|_uint8)?$')
@@ -21,7 +17,7 @@ NAMES = [n for n in META['tensors'] if 'out.' in n and not n.startswith('in.')]
 
 
 @pytest.fixture(scope='module')
-def golden(): return load_file(GOLDEN/'metrics.safetensors')
+def golden(): return recorded('metrics')
 
 
 def matching(pattern): return [n for n in NAMES if pattern.match(n)]

@@ -1,17 +1,12 @@
 """The conditional U-Net against the authors' code: official layouts, official outputs, full-size key lists."""
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_data import describe, full_size, names, network, shapes
 
 from daclip_repro.unet import ConditionalUNet, load_official
 
-GOLDEN = Path(os.environ.get('GOLDEN_DIR', Path(__file__).parent/'golden'))
-FIXTURES = sorted(p.stem for p in GOLDEN.glob('*.json') if 'DenoisingUNet_arch' in p.read_text() and p.with_suffix('.safetensors').exists())
-SHAPES = sorted(p.stem for p in (GOLDEN/'shapes').glob('*unet*.json') if not p.stem.startswith('supir'))
+FIXTURES = names('DenoisingUNet_arch')
+SHAPES = [n for n in shapes('*unet*.json') if not n.startswith('supir')]
 PROMPT = ('prompt', 'text_mlp.', 'prompt_mlp.')
 
 
@@ -21,17 +16,7 @@ def build(config, source='', **changes):
     return ConditionalUNet(**config, attend_from=-1 if 'wild' in source else 3)
 
 
-def fixture(name):
-    meta = json.loads((GOLDEN/f'{name}.json').read_text())
-    tensors = {k: v.float() if v.is_floating_point() else v for k,v in load_file(GOLDEN/f'{name}.safetensors').items()}
-    return meta, tensors, {k[3:]: v for k,v in tensors.items() if k.startswith('sd.')}
-
-
-def outputs(meta):
-    return [k for k in meta['tensors'] if k.startswith('out.')]
-
-
-CASES = [(name, out) for name in FIXTURES for out in outputs(json.loads((GOLDEN/f'{name}.json').read_text()))]
+CASES = [(name, out) for name in FIXTURES for out in describe(name)['tensors'] if out.startswith('out.')]
 
 
 def answer(meta, tensors, weights, out):
@@ -54,7 +39,7 @@ def answer(meta, tensors, weights, out):
 
 @pytest.mark.parametrize('name,out', CASES)
 def test_output(name, out):
-    meta, tensors, weights = fixture(name)
+    meta, tensors, weights = network(name)
     with torch.no_grad(): ours = answer(meta, tensors, weights, out)
     expected, tol = tensors[out], meta['tolerance'].get(out, meta['tolerance']['default'])
     assert ours.shape == expected.shape
@@ -64,7 +49,7 @@ def test_output(name, out):
 
 @pytest.mark.parametrize('name', FIXTURES)
 def test_precompute_gives_the_official_output(name):
-    meta, tensors, weights = fixture(name)
+    meta, tensors, weights = network(name)
     unet = load_official(weights, build(meta['config'], meta['source']))
     get = lambda what: tensors.get(f'in.odd.{what}')
     with torch.no_grad():
@@ -75,7 +60,7 @@ def test_precompute_gives_the_official_output(name):
 
 @pytest.mark.parametrize('name', FIXTURES)
 def test_layout_is_the_official_one(name):
-    meta, _, weights = fixture(name)
+    meta, _, weights = network(name)
     unet = build(meta['config'], meta['source'])
     assert unet.load_state_dict(weights, strict=True) and sum(p.numel() for p in unet.parameters()) == meta['params']
 
@@ -83,7 +68,7 @@ def test_layout_is_the_official_one(name):
 @pytest.mark.parametrize('name', FIXTURES)
 def test_keys_said_to_have_no_effect_have_none(name):
     "norm2, attn2.to_q and attn2.to_k of every single-token cross-attention get no gradient; nothing else is cut off."
-    meta, tensors, weights = fixture(name)
+    meta, tensors, weights = network(name)
     unet = load_official(weights, build(meta['config'], meta['source']))
     get = lambda what: tensors.get(f'in.odd.{what}')
     unet(get('xt'), get('cond'), get('time_batch'), get('text_context'), get('image_context')).square().sum().backward()
@@ -93,7 +78,7 @@ def test_keys_said_to_have_no_effect_have_none(name):
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_full_size_keys_and_shapes(name):
-    spec = json.loads((GOLDEN/'shapes'/f'{name}.json').read_text())
+    spec = full_size(name)
     with torch.device('meta'): unet = build(spec['meta']['setting'], name)
     assert {k: list(v.shape) for k,v in unet.state_dict().items()} == spec['shapes']
     assert sum(p.numel() for p in unet.parameters()) == spec['meta']['params']
