@@ -27,7 +27,7 @@ from .unet import misfits, read_checkpoint
 
 # %% ../nbs/06_controller.ipynb #a0103364
 CLIP_CONFIGS = {'clip-miniature': dict(embed_dim=128,
-    vision_cfg=dict(image_size=128, patch_size=16, width=128, layers=4, head_width=32),
+    vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32, pool_type='avg'),
     text_cfg=dict(context_length=24, vocab_size=4514, width=96, heads=3, layers=2))}
 
 def clip_config(

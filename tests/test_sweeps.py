@@ -24,6 +24,7 @@ from daclip_repro.sweeps.launch import (
     describe,
     leftovers,
     logs,
+    look,
     make_plan,
     read_rows,
     run_sweep,
@@ -291,6 +292,19 @@ def test_job_that_ended_says_nothing_about_a_run_that_goes_on_here(tmp_path):
     assert _look(run, 'running', ('6_1', 'RUNNING', True), None).job == '6_1'
 
 
+def test_processes_that_share_a_long_look_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1})
+    runs = load_sweep(sweep_file(tmp_path, dict(seeds=list(range(4000))))).runs()
+    for run in (runs[7], runs[8], runs[3999]): run.begin()
+    for run in (runs[7], runs[3999]):
+        save_rows([dict(psnr=1.)], run.folder)
+        run.seal()
+    runs[8].fail('code', 'ZeroDivisionError')
+    save_rows([dict(psnr=9.)], runs[3999].folder)
+    special = {i: (k.state, k.note) for i, k in enumerate(look(runs)) if k.state != 'not run'}
+    assert special == {7: ('done', ''), 8: ('failed', 'ZeroDivisionError'), 3999: ('tampered', 'rows.csv was edited')}
+
+
 def test_slots_give_each_run_gpus_of_its_own(tmp_path, monkeypatch):
     settings = lambda **k: load_sweep(sweep_file(tmp_path, k)).file.profiles['miniature']
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,2,5,7,9')
@@ -492,7 +506,7 @@ def test_relative_imports(): assert imported_names('from ..photos import load', 
 
 
 def test_weights_and_photos_count_by_content(toy):
-    def id(**parameters): return run_id(dict(parameters=parameters) | input_parts(parameters, toy, toy/'pkg'))
+    def id(**parameters): return run_id(parameters, input_parts(parameters, toy, toy/'pkg'))
     one = dict(weights='w', teacher_weights='own/w.safetensors', photos='photos')
     start = id(**one)
     for file, changes in {'pkg/weights/w.safetensors': True, 'pkg/weights/w.md': False, 'pkg/weights/w2.safetensors': False,

@@ -251,10 +251,11 @@ TRAIN = """import time, torch
 from dataclasses import replace
 from daclip_repro.photos import packaged_photos
 from daclip_repro.sweeps.records import Progress, save_rows
-from daclip_repro.training import CONFIGS, Trainer, make_config, to_bytes
-unet = dict(nf=8, ch_mult=(1, 2), use_degra_context=False, use_image_context=False, scale=.5)
-config = make_config(dict(unet=unet, told=False, steps=steps, batch=2, patch=16, warmup=2), CONFIGS['sampling-miniature'])
-trainer = Trainer(config, run_dir, 'cpu')
+from daclip_repro.loop import make_config, to_bytes
+from daclip_repro.training import CONFIGS, RestorerTrainer
+network = dict(nf=8, ch_mult=(1, 2), scale=.5)
+config = make_config(dict(network=network, condition='none', steps=steps, batch=2, patch=16, warmup=2), CONFIGS['sampling-miniature'])
+trainer = RestorerTrainer(config, run_dir, 'cpu')
 bar = Progress(run_dir, steps, trainer.step)
 def watch(trainer):
     time.sleep(pause)
@@ -280,7 +281,7 @@ def test_training_requeued_five_times_ends_with_the_same_weights(slurm, tmp_path
         wait_for(lambda path=path: ended(path))
         assert run.status() == 'done' and len(run.attempts()) == (6 if name == 'disturbed' else 1)
         weights.append(torch.load(run.folder/'checkpoint.pt', weights_only=True))
-    for part in ('denoiser', 'average'):
+    for part in ('model', 'average'):
         assert all(torch.equal(a, b) for a, b in zip(weights[0][part].values(), weights[1][part].values(), strict=True))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from fastcore.basics import patch
 from .papermill import (BUSY, REFUSED, STOPPED, Profile, Resources, Sweep, _did_you_mean, _find, _plain, default_root,
-    load_sweep, run_environment, run_one, start_run)
+    die_with_parent, load_sweep, run_environment, run_one, start_run)
 from .records import Run, RunningElsewhere, canonical, differences, gpus, is_locked, now, write_atomic
 
 # %% ../../nbs/sweeps/02_launch.ipynb #f3232029
@@ -200,17 +200,31 @@ def look(
     runs:list[Run], # of one experiment
 ) -> list[Look]: # in the same order
     "Ask files, locks and Slurm how these runs are."
-    states = [r.status() for r in runs]
+    states = _statuses(runs)
     open_runs = {r.id for r, s in zip(runs, states) if s != 'done'}
     jobs = slurm_jobs(runs[0].root, runs[0].experiment, open_runs) if open_runs else {}
     older = _Older(runs[0].folder.parent, {r.id for r in runs}) if 'not run' in states else None
-    return [_look(r, s, jobs.get(r.id), older) for r, s in zip(runs, states)]
+    return [Look(r, s) if s == 'done' else _look(r, s, jobs.get(r.id), older) for r, s in zip(runs, states)]
+
+def _statuses(runs:list[Run]) -> list[str]: # of STATUSES
+    workers = min(8, len(os.sched_getaffinity(0)), len(runs) // 2000)
+    if workers < 2: return [r.status() for r in runs]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with ProcessPoolExecutor(workers, get_context('fork'), _helper, (os.getpid(),)) as pool:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) # no Ctrl-C while the helpers start, and none for them
+        try: asked = pool.map(Run.status, runs, chunksize=500)
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return list(asked)
+
+def _helper(parent:int):
+    die_with_parent()
+    if os.getppid() != parent: os._exit(1) # it has died already
 
 def _look(run:Run, state:str, job:tuple[str, str, bool]|None, older:_Older|None) -> Look:
     name, said, active = job or ('', '', False)
     failure = run.failure() if state == 'failed' else {}
     match state:
-        case 'done': return Look(run, state)
         case 'running': return Look(run, state, _how_far(run), job=name if active else '')
         case _ if active and said.split()[0] not in _WAITING: return Look(run, 'running', _BEGUN.get(said, said), job=name)
         case _ if active: return Look(run, 'queued', _lower(said), job=name)
@@ -272,6 +286,7 @@ def make_plan(
     return Plan(sweep, profile, look(runs), retry)
 
 def _chosen(runs:list[Run], only:list[str]) -> list[Run]:
+    if not only: return runs
     wanted, known = {}, {k for r in runs for k in r.point}
     for text in only:
         key, equals, value = text.partition('=')

@@ -323,13 +323,14 @@ def runs(self:Sweep,
     "The runs of a profile, done or not."
     points, fixed = self.points(profile), self.fitted(self.file.profiles[profile].parameters, ('profiles', profile, 'parameters'))
     defaults = {p.name: p.default for p in self.declared.values() if p.name != 'run_dir'} | fixed
-    root, code, hashed = Path(root or default_root(self.path)).absolute(), code_parts(self.notebook), {}
+    root, name, code, parts = Path(root or default_root(self.path)).absolute(), self.name, code_parts(self.notebook), {}
     files = [k for k in defaults if k.rpartition('_')[2] in FILE_PARAMETERS]
-    def inputs(parameters):
-        named = {k: parameters[k] for k in files}
-        if (key := repr(named)) not in hashed: hashed[key] = code | input_parts(named, self.notebook.parent)
-        return hashed[key]
-    return [Run(self.name, defaults | p, inputs(defaults | p), root, p) for p in points]
+    def run(point):
+        parameters = defaults | point
+        named = repr([parameters[k] for k in files])
+        if named not in parts: parts[named] = code | input_parts(parameters, self.notebook.parent)
+        return Run(name, parameters, parts[named], root, point)
+    return [run(p) for p in points]
 
 # %% ../../nbs/sweeps/01_papermill.ipynb #74775ac4
 def _translator(): # a class; made here because its base takes a second to import

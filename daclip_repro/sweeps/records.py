@@ -203,16 +203,15 @@ def input_parts(
             else: parts['photos'][f'{key}: {name}'] = photos_print(name, beside)
     return parts
 
-_digested = {} # the runs of a sweep share their parts: each is hashed once
+_digests = {} # of parts, by address: all runs of a sweep share theirs
 
-def _digest_once(part) -> str:
-    if not isinstance(part, dict): return part # a hash already
-    if id(part) not in _digested: _digested[id(part)] = part, digest(part) # the part is kept, so that its address is not used again
-    return _digested[id(part)][1]
-
-def run_id(parts:dict) -> str: # 16 hex digits
+def run_id(
+    parameters:dict, # all of them
+    parts:dict, # everything else that can change the result
+) -> str: # 16 hex digits
     "The name of a run."
-    return digest({k: v if k == 'parameters' else _digest_once(v) for k, v in parts.items()})[:16]
+    if id(parts) not in _digests: _digests[id(parts)] = digest(parts), parts # kept, so that its address is not used again
+    return sha256((_digests[id(parts)][0] + canonical(parameters)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/sweeps/00_records.ipynb #53c21c06
 def differences(
@@ -239,7 +238,7 @@ class Run:
 
     @cached_property
     def id(self) -> str: # 16 hex digits
-        return run_id(self.parts | dict(parameters=self.parameters))
+        return run_id(self.parameters, self.parts)
 
     @cached_property
     def folder(self) -> Path: return Path(f'{self.root}/{self.experiment}/{self.id}')

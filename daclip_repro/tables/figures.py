@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .tables import (AVERAGE, BASELINE, METHODS, METRICS, check_claim, check_name, claim_table, headline_steps,
+from .tables import (AVERAGE, BASELINE, BY, METHODS, METRICS, check_claim, check_name, claim_table, headline_steps,
                                         is_baseline, published_cells, sampling_table, write_file, write_tables)
 
 # %% ../../nbs/tables/02_figures.ipynb #30b5dc9a
@@ -218,13 +218,15 @@ def write_results(
     if list(rows.get('experiment', pd.Series([experiment])).unique()) not in ([experiment], []):
         raise ValueError(f"rows: they belong to experiment '{rows.experiment.iloc[0]}', expected '{check_name(experiment)}'")
     cells = None if beside is None else published_cells(papers, **beside)
-    judged = claim_table(rows, claims, papers=papers)
-    table = sampling_table(rows, published=cells, groups=planned_lines(claims, ['method', 'steps']), degradations=degradations)
+    by = [c for c in BY if c in rows] # a table of methods that have no steps has no such column
+    judged = claim_table(rows, claims, by, papers=papers)
+    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by), degradations=degradations)
     if strips is not None: check_strips(strips)
-    paths = write_tables(table, judged, out)
+    paths = write_tables(table, judged, out, by)
     figures, known = Path(out)/'figures', table[~is_baseline(table) & np.isfinite(table.gain)]
     for m in known.metric.unique():
-        drawn = {'bars': bars, 'steps': quality_vs_steps} if (known[known.metric == m].degradation == AVERAGE).any() else {'bars': bars}
+        averaged = (known[known.metric == m].degradation == AVERAGE).any()
+        drawn = {'bars': bars} | ({'steps': quality_vs_steps} if 'steps' in by and averaged else {})
         for kind, draw in drawn.items():
             paths.append(figures/f'{experiment}_{kind}_{m}.png')
             draw(table, metric=m, path=paths[-1])

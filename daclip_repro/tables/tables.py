@@ -34,8 +34,9 @@ class Metric(NamedTuple):
 
 # %% ../../nbs/tables/01_tables.ipynb #12909964
 METRICS = {'psnr': Metric('PSNR', 'dB', True, 2), 'ssim': Metric('SSIM', '', True, 3), 'stlpips': Metric('ST-LPIPS', '', False, 3),
-           'lpips': Metric('LPIPS', '', False, 3), 'seconds': Metric('time', 's', False, 2)}
-QUALITY = ('psnr', 'ssim', 'stlpips', 'lpips')
+           'lpips': Metric('LPIPS', '', False, 3), 'seconds': Metric('time', 's', False, 2),
+           'accuracy': Metric('accuracy', '', True, 3), 'similarity': Metric('similarity', '', True, 3)}
+QUALITY = ('psnr', 'ssim', 'stlpips', 'lpips', 'accuracy', 'similarity')
 BY, BASELINE, AVERAGE = ('method', 'steps'), {'method': 'input'}, 'average'
 METHODS = ('input', 'sde', 'ode', 'posterior')
 
@@ -147,12 +148,12 @@ def arrange(
     by=BY, # columns that make a line
     groups=None, # further lines that were planned, as dicts; those without rows will say 'not run'
     degradations=None, # further degradations that were planned
-) -> Grid: # groups in the order of METHODS, then alphabetical
+) -> Grid: # groups in the order of METHODS, then as they come
     "Number the lines, photographs, degradations and images of the rows."
     by = list(by)
     planned = pd.DataFrame(list(groups or []), columns=by)
     lines = pd.concat([rows[by], planned.astype(rows[by].dtypes.to_dict())]).drop_duplicates()
-    rank = {m: i for i, m in enumerate([*METHODS, *sorted(set(lines.get('method', ())) - set(METHODS))])}
+    rank = {m: i for i, m in enumerate([*METHODS, *(m for m in lines.get('method', ()) if m not in METHODS)])}
     lines = lines.sort_values(by, key=lambda c: c.map(rank) if c.name == 'method' else c, ignore_index=True)
     names = sorted({*rows.degradation, *(degradations or [])})
     unit = ['degradation', 'photo', 'seed']
