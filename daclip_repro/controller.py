@@ -37,13 +37,16 @@ def clip_config(
     if isinstance(config, str):
         name = config.removeprefix('daclip_')
         found = CLIP_CONFIGS.get(name) or open_clip.get_model_config(name)
-        if found is None: raise ValueError(f"CLIP {config!r} is unknown: expected one of {', '.join(CLIP_CONFIGS)} or a model of open_clip, such as ViT-B-32")
+        if found is None:
+            own = ', '.join(CLIP_CONFIGS)
+            raise ValueError(f"CLIP {config!r} is unknown: expected one of {own} or a model of open_clip, such as ViT-B-32")
         config = found
     expected, odd = {'embed_dim', 'vision_cfg', 'text_cfg'}, set(config) - {'embed_dim', 'vision_cfg', 'text_cfg', 'quick_gelu'}
     if lost := expected - set(config): raise ValueError(f'the configuration of a CLIP lacks {", ".join(sorted(lost))}')
     tower = config['vision_cfg']
     if odd or not isinstance(tower.get('layers'), int) or 'timm_model_name' in tower or 'hf_model_name' in config['text_cfg']:
-        raise ValueError('a controller needs a plain CLIP with a vision transformer' + (f', and no {", ".join(sorted(odd))}' if odd else ''))
+        surplus = f', and no {", ".join(sorted(odd))}' if odd else ''
+        raise ValueError(f'a controller needs a plain CLIP with a vision transformer{surplus}')
     return deepcopy(dict(config))
 
 # %% ../nbs/06_controller.ipynb #f4e9b9af
@@ -78,9 +81,9 @@ class ControlTransformer(nn.Module):
         transformer:nn.Module, # blocks of an image encoder
     ):
         super().__init__()
-        self.transformer, blocks = transformer, transformer.resblocks
+        self.transformer, blocks, width = transformer, transformer.resblocks, transformer.width
         like = next(blocks.parameters())
-        self.zero_modules = nn.ModuleList(nn.Linear(transformer.width, transformer.width, device=like.device, dtype=like.dtype) for _ in blocks)
+        self.zero_modules = nn.ModuleList(nn.Linear(width, width, device=like.device, dtype=like.dtype) for _ in blocks)
         for p in self.zero_modules.parameters(): nn.init.zeros_(p)
 
     def forward(self,
@@ -234,12 +237,14 @@ def clip_loss(
     words:Tensor|None=None, # B whole numbers; samples with the same number are positives of each other
 ) -> Tensor: # a scalar
     "CLIP's symmetric InfoNCE; with `words`, the probability of all positives together counts."
-    if image.shape != text.shape: raise ValueError(f'image and text embeddings must have one shape, got {tuple(image.shape)} and {tuple(text.shape)}')
+    if image.shape != text.shape:
+        raise ValueError(f'image and text embeddings must have one shape, got {tuple(image.shape)} and {tuple(text.shape)}')
     logits = logit_scale * image @ text.T
     if words is None:
         pairs = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-    if words.shape != image.shape[:1]: raise ValueError(f'words must be {len(image)} numbers, one for each sample, got {tuple(words.shape)}')
+    if words.shape != image.shape[:1]:
+        raise ValueError(f'words must be {len(image)} numbers, one for each sample, got {tuple(words.shape)}')
     others = words[:, None] != words
     def together(rows): return (rows.logsumexp(1) - rows.masked_fill(others, -torch.inf).logsumexp(1)).mean()
     return (together(logits) + together(logits.T)) / 2
@@ -293,7 +298,8 @@ def save_daclip(
     with torch.device('meta'): like = DACLIP(make_clip(config))
     if problems := misfits(model.state_dict(), like): raise ValueError('config does not describe this DA-CLIP: ' + '; '.join(problems))
     tensors = {k: v.detach().cpu().half().contiguous() for k,v in model.state_dict().items() if not k.startswith('visual.')}
-    if bad := [k for k,v in tensors.items() if not v.isfinite().all()]: raise ValueError(f'not finite in half precision: {", ".join(bad[:6])}')
+    if bad := [k for k,v in tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f'not finite in half precision: {", ".join(bad[:6])}')
     header = dict(kind='daclip', config=json.dumps(clip_config(config)), facts=json.dumps(facts, sort_keys=True))
     with atomic(path) as tmp: save_file(tensors, tmp, header)
     return Path(path)
@@ -323,7 +329,8 @@ def load_daclip(
     "A trained DA-CLIP."
     path = packaged_daclips().get(str(source), Path(source))
     if not path.is_file():
-        raise FileNotFoundError(f"DA-CLIP {str(source)!r} is neither a file nor packaged (these are: {', '.join(packaged_daclips()) or 'none'})")
+        known = ', '.join(packaged_daclips()) or 'none'
+        raise FileNotFoundError(f"DA-CLIP {str(source)!r} is neither a file nor packaged (these are: {known})")
     header = _header(path)
     if 'config' in header:
         own = json.loads(header['config'])

@@ -178,7 +178,8 @@ def _check(self:Restorer):
     if self.device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device is {str(self.device)!r}: this machine has no GPU that torch can use')
     if self.precision not in ('float32', 'bfloat16'): raise ValueError(f"precision is {self.precision!r}: expected float32 or bfloat16")
-    if self.precision == 'bfloat16' and self.device.type == 'cpu': raise ValueError('precision is bfloat16: this needs a GPU, the CPU takes float32')
+    if self.precision == 'bfloat16' and self.device.type == 'cpu':
+        raise ValueError('precision is bfloat16: this needs a GPU, the CPU takes float32')
 
 # %% ../nbs/09_restore.ipynb #7f17aefe
 @patch(cls_method=True)
@@ -216,7 +217,8 @@ def context(self:Restorer,
         raise ValueError(f'degradation is {degradation!r}, but {self.name} take no word: ' +
                          ('they were trained without' if self.model.daclip is None else 'they read it off the image'))
     if degradation is None and self.model.words:
-        raise ValueError(f"{self.name} cannot read the degradation off an image and must be told: degradation is one of {', '.join(self.model.words)}")
+        raise ValueError(f'{self.name} cannot read the degradation off an image and must be told: '
+                         f"degradation is one of {', '.join(self.model.words)}")
     return self.model.embed(self._whole(lq), words=degradation)
 
 # %% ../nbs/09_restore.ipynb #93f10ac4
@@ -358,7 +360,8 @@ def files(self:Restorer,
                 yield Result(path, target, 'kept')
                 continue
             if target.exists() and not overwrite:
-                raise FileExistsError(f'{target}: is there already and was not made from this image with these settings; overwrite replaces it')
+                raise FileExistsError(f'{target}: is there already and was not made from this image with these settings; '
+                                      'overwrite replaces it')
             lq = read_levels(path)
             seen = self.degradation(lq)
             write_png(self.restore(lq, progress=progress, **options), target, made)

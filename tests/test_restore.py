@@ -168,7 +168,8 @@ def test_context_is_repeated_without_a_copy():
     TrainConfig(network=dict(nf=32, ch_mult=(1, 2)), condition="both", parametrisation="residual"),
     TrainConfig(network=dict(nf=32, ch_mult=(1, 2)), condition="clip"),
     TrainConfig(method="nafnet", network=dict(width=32, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)), condition="both"),
-    TrainConfig(method="nafnet", network=dict(width=32, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)), condition="none")], ids=lambda c: f"{c.method}-{c.condition}")
+    TrainConfig(method="nafnet", network=dict(width=32, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)), condition="none")],
+    ids=lambda c: f"{c.method}-{c.condition}")
 def test_restorers_conditioned_on_daclip(config):
     "Built as they are trained; tiles of any number share the embeddings of the whole."
     model, image = build(config, DACLIP(make_clip("clip-miniature"))), picture(3, 100, 70)
