@@ -8,7 +8,7 @@ __all__ = ['CLIP_CONFIGS', 'SPECIAL', 'clip_config', 'make_clip', 'make_tokenize
            'load_daclip_weights', 'load_daclip']
 
 # %% ../nbs/06_controller.ipynb #9a956396
-import gzip, io, json
+import gzip, io, json, re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 import open_clip, torch, torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
-from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .degradations import DEGRADATIONS
 from .photos import atomic
-from .unet import misfits, read_checkpoint
+from .unet import fit_weights, misfits, official_weights, read_header
 
 # %% ../nbs/06_controller.ipynb #a0103364
 CLIP_CONFIGS = {'clip-miniature': dict(embed_dim=128,
@@ -275,17 +274,10 @@ def forward(self:DACLIP,
         image_degra_features=F.normalize(degradation, dim=-1), text_degra_features=word, logit_scale=self.logit_scale.exp())
 
 # %% ../nbs/06_controller.ipynb #1c1c041f
-def _header(path:Path) -> dict:
-    "Facts in the header of a safetensors file; none for other files."
-    if path.suffix != '.safetensors': return {}
-    try:
-        with safe_open(path, 'pt') as f: return f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path}: not a readable safetensors file ({e})') from None
-
 def packaged_daclips() -> dict: # name -> path
     "The DA-CLIPs that this package ships."
     paths = (Path(str(p)) for p in (files('daclip_repro')/'weights').iterdir())
-    return {p.stem: p for p in sorted(paths) if _header(p).get('kind') == 'daclip'}
+    return {p.stem: p for p in sorted(paths) if read_header(p).get('kind') == 'daclip'}
 
 # %% ../nbs/06_controller.ipynb #924a4e92
 def save_daclip(
@@ -310,32 +302,28 @@ def load_daclip_weights(
     model:DACLIP, # filled in place
 ) -> DACLIP: # the same object
     "Loads weights strictly; one ValueError lists what does not fit."
-    name, weights = ('the state_dict', source) if isinstance(source, dict) else (f'checkpoint {source}', read_checkpoint(source))
-    if isinstance(weights, dict): weights = weights.get('state_dict', weights)
-    if not isinstance(weights, dict): raise ValueError(f'{name} holds a {type(weights).__name__} in place of tensors by key')
-    weights = {str(k).removeprefix('module.'): v for k,v in weights.items()}
+    name, weights = official_weights(source)
     if not any(k.startswith('visual.') for k in weights):
         weights |= {k.removeprefix('clip.'): v for k,v in weights.items() if k.startswith('clip.visual.')}
-    if problems := misfits(weights, model): raise ValueError(f'{name} does not fit this DA-CLIP: ' + '; '.join(problems))
-    model.load_state_dict(weights, strict=True)
-    return model
+    return fit_weights(name, weights, model)
 
 # %% ../nbs/06_controller.ipynb #4c6961cb
 def load_daclip(
     source:str|Path='daclip-miniature', # packaged name, a file of `save_daclip`, or an official checkpoint
     device:str='cpu',
-    config:str|dict|None=None, # for an official checkpoint: its CLIP, such as 'ViT-B-32'
+    config:str|dict|None=None, # for an official checkpoint: its CLIP, such as 'ViT-B-32'; None: as its file's name says
 ) -> DACLIP: # ready to embed, float32
     "A trained DA-CLIP."
     path = packaged_daclips().get(str(source), Path(source))
     if not path.is_file():
         known = ', '.join(packaged_daclips()) or 'none'
         raise FileNotFoundError(f"DA-CLIP {str(source)!r} is neither a file nor packaged (these are: {known})")
-    header = _header(path)
+    header = read_header(path)
     if 'config' in header:
         own = json.loads(header['config'])
         if header.get('kind') != 'daclip': raise ValueError(f'{path} holds other weights than a DA-CLIP')
         if config is not None and clip_config(config) != own: raise ValueError(f'{path} belongs to another CLIP than config={config!r}')
         config = own
+    if config is None and (named := re.search(r'ViT-[A-Za-z]+-\d+', path.name)): config = named[0]
     if config is None: raise ValueError(f"{path} does not say which CLIP it belongs to: name it, as in config='ViT-B-32'")
     return load_daclip_weights(path, DACLIP(make_clip(config))).to(device).eval()

@@ -380,6 +380,9 @@ def train_controller(
     else:
         train, held_out = split_photos(photos)
         captions = [p.caption for p in train]
+        if config.content == 'caption' and None in captions:
+            raise ValueError(f"{train[captions.index(None)].name} has no caption: "
+                             "give a table of captions (--captions), or set content to 'image'")
         source = Photographs(to_bytes(train), None if None in captions else captions)
         found = f"{len(train)} photographs, {len(held_out)} held out"
         watch = (controller_validator(held_out, config, every),)

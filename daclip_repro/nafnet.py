@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .unet import (ConditionalUNet, Context, LayerNorm, PreNorm, Residual, SinusoidalEmbedding, SpatialTransformer,
-                               load_official, pointwise, read_checkpoint)
+                               fit_weights, pointwise, read_checkpoint)
 
 # %% ../nbs/07_nafnet.ipynb #24d69cf2
 class SimpleGate(nn.Module):
@@ -273,8 +273,8 @@ def load_released(
     net:nn.Module, # filled in place
 ) -> nn.Module: # the same object
     "Unwraps released weights and loads them strictly; one ValueError lists what does not fit."
-    weights = source if isinstance(source, dict) else read_checkpoint(source)
+    name, weights = ('the state_dict', source) if isinstance(source, dict) else (f'checkpoint {source}', read_checkpoint(source))
     for wrapper in ('params_ema', 'params', 'state_dict'):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict): weights = weights[wrapper]
-    if not isinstance(weights, dict): raise ValueError(f'{source} holds a {type(weights).__name__} in place of tensors by key')
-    return load_official({str(k).removeprefix('module.').removeprefix('net.'): v for k,v in weights.items()}, net)
+    if not isinstance(weights, dict): raise ValueError(f'{name} holds a {type(weights).__name__} in place of tensors by key')
+    return fit_weights(name, {str(k).removeprefix('module.').removeprefix('net.'): v for k,v in weights.items()}, net)

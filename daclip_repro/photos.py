@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'FORMATS', 'MAX_PIXELS', 'MODES', 'OTHER_HALF', 'Packaged', 'PACKAGED', 'Pair', 'image_from_array',
-           'Grid', 'show_images', 'ImageError', 'upright', 'load_image', 'atomic', 'save_image', 'Photo',
+           'Grid', 'show_images', 'ImageError', 'upright', 'load_pixels', 'load_image', 'atomic', 'save_image', 'Photo',
            'packaged_photos', 'read_captions', 'photo_folder', 'split_photos', 'fit_square', 'random_crop',
            'image_size', 'check_pairs', 'PairFolder']
 
@@ -184,15 +184,21 @@ def upright(
     return (img.mT if 5 <= orientation <= 8 else img).flip(flips)
 
 # %% ../nbs/01_photos.ipynb #d0fc7d14
+def load_pixels(
+    path:str|Path, # see `load_image`
+) -> tuple[np.ndarray, int]: # H×W or H×W×3 of uint8 or uint16, as the file holds it; its EXIF orientation
+    "Decode one photograph exactly, or refuse it."
+    with _opened(path) as im:
+        a = _deep(path, im)
+        if a is None: a = _shallow(im)
+        return _opaque(path, a), 1 if im.format == 'TIFF' else im.getexif().get(274, 1) # Pillow turns a TIFF by itself
+
 def load_image(
     path:str|Path, # BMP, GIF, JPEG, PNG, TIFF or WebP; raises FileNotFoundError, or ImageError with one sentence
 ) -> Tensor: # 3×H×W float32 RGB in [0, 1], upright, at the file's full depth
     "Read one photograph exactly, or refuse it."
-    with _opened(path) as im:
-        a = _deep(path, im)
-        if a is None: a = _shallow(im)
-        orientation = 1 if im.format == 'TIFF' else im.getexif().get(274, 1) # Pillow turns a TIFF by itself
-        return upright(image_from_array(_opaque(path, a)), orientation).contiguous()
+    a, orientation = load_pixels(path)
+    return upright(image_from_array(a), orientation).contiguous()
 
 # %% ../nbs/01_photos.ipynb #9b4dc9dd
 @contextmanager

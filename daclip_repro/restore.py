@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .degradations import DEGRADATIONS
-from .photos import _deep, _images_below, _opaque, _opened, _shallow, atomic, load_image, upright
+from .photos import _images_below, atomic, image_from_array, load_pixels, upright
 from .training import load_weights
 from .unet import reflect_index
 
@@ -291,11 +291,10 @@ def read_levels(
     path:str|Path, # an image
 ) -> Tensor: # 3×H×W uint8, or float32 in [0,1] for a file with more than 8 bits a channel
     "`load_image`, in as few bytes as the file needs."
-    with _opened(path) as im:
-        if _deep(path, im) is not None: return load_image(path)
-        a = _opaque(path, _shallow(im))
-        img = torch.from_numpy(a).permute(2, 0, 1) if a.ndim == 3 else torch.from_numpy(a).expand(3, -1, -1)
-        return upright(img, 1 if im.format == 'TIFF' else im.getexif().get(274, 1))
+    a, orientation = load_pixels(path)
+    if a.dtype != np.uint8: return upright(image_from_array(a), orientation)
+    img = torch.from_numpy(a)
+    return upright(img.permute(2, 0, 1) if a.ndim == 3 else img.expand(3, -1, -1), orientation)
 
 # %% ../nbs/09_restore.ipynb #e86617db
 KEY = 'daclip restore'

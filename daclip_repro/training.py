@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from .degradations import degrade
 from .irsde import IRSDE, image_noise
 from .loop import LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config, plain, step_rng, to_bytes
 from .photos import Photo, atomic, fit_square, split_photos
-from .unet import ConditionalUNet, load_official, zero_last
+from .unet import ConditionalUNet, load_official, read_header, zero_last
 
 if TYPE_CHECKING: from daclip_repro.controller import DACLIP, Embeddings
 
@@ -332,12 +331,7 @@ train one like it.
 def packaged_weights() -> dict: # name -> path
     "Restorers that this package ships."
     found = {p.name.removesuffix('.safetensors'): Path(str(p)) for p in (files('daclip_repro') / 'weights').glob('*.safetensors')}
-    return {name: path for name, path in found.items() if _header(path).get('kind') != 'daclip'}
-
-def _header(path:Path) -> dict:
-    try:
-        with safe_open(path, 'pt') as f: return f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f"{path}: not a readable safetensors file ({e})") from None
+    return {name: path for name, path in found.items() if read_header(path).get('kind') != 'daclip'}
 
 def load_weights(
     source:str|Path, # name of packaged weights, or a .safetensors file of `save_weights`
@@ -347,7 +341,7 @@ def load_weights(
     path = packaged_weights().get(str(source), Path(source))
     if not path.is_file():
         raise FileNotFoundError(f"weights {str(source)!r} are neither a file nor packaged (these are: {', '.join(packaged_weights())})")
-    header = _header(path)
+    header = read_header(path)
     if header.get('kind') == 'daclip': raise ValueError(f"{path}: holds a DA-CLIP, expected a restorer")
     tensors = load_file(path)
     if 'config' not in header: raise ValueError(f"{path}: has no `config` in its header: expected a file written by `save_weights`")

@@ -6,7 +6,8 @@
 __all__ = ['SinusoidalEmbedding', 'time_mlp', 'conv', 'Block', 'pointwise', 'ResBlock', 'to_tokens', 'to_image', 'LayerNorm',
            'PreNorm', 'Residual', 'LinearAttention', 'Attention', 'GEGLU', 'FeedForward', 'TransformerBlock',
            'SpatialTransformer', 'downsample', 'widen', 'Upsample', 'ConditionalUNet', 'Context', 'reflect_index',
-           'pad_to_multiple', 'zero_last', 'read_checkpoint', 'misfits', 'load_official']
+           'pad_to_multiple', 'zero_last', 'read_checkpoint', 'misfits', 'read_header', 'official_weights',
+           'fit_weights', 'load_official']
 
 # %% ../nbs/05_unet.ipynb #ecc6e7d0
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from fastcore.basics import patch
 
 # %% ../nbs/05_unet.ipynb #71e305bc
@@ -544,15 +545,36 @@ def misfits(
     return [f'{len(keys)} {kind}: {few(keys)}' for kind,keys in problems.items() if keys]
 
 # %% ../nbs/05_unet.ipynb #181ad608
-def load_official(
-    source:str|Path|dict, # checkpoint file, or a state_dict, in the official layout
-    unet:ConditionalUNet, # filled in place
-) -> ConditionalUNet: # the same object
-    "Loads official weights strictly; one ValueError lists what does not fit."
+def read_header(
+    path:str|Path, # a .safetensors file, or any other
+) -> dict: # text by key; empty for another kind of file
+    "What a safetensors file says about itself."
+    if Path(path).suffix != '.safetensors': return {}
+    try:
+        with safe_open(path, framework='pt') as f: return f.metadata() or {}
+    except SafetensorError as e: raise ValueError(f'{path}: not a readable safetensors file ({e})') from None
+
+def official_weights(
+    source:str|Path|dict, # checkpoint file, or a state_dict
+) -> tuple[str, dict]: # what to call it in errors; tensors by key, without wrappers
+    "Unwraps what the authors' training scripts save."
     name, weights = ('the state_dict', source) if isinstance(source, dict) else (f'checkpoint {source}', read_checkpoint(source))
     if isinstance(weights, dict): weights = weights.get('state_dict', weights)
     if not isinstance(weights, dict): raise ValueError(f'{name} holds a {type(weights).__name__} in place of tensors by key')
-    weights = {str(k).removeprefix('module.'): v for k,v in weights.items()}
-    if problems := misfits(weights, unet): raise ValueError(f'{name} does not fit this U-Net: ' + '; '.join(problems))
-    unet.load_state_dict(weights, strict=True)
-    return unet
+    return name, {str(k).removeprefix('module.'): v for k,v in weights.items()}
+
+def fit_weights(
+    name:str, weights:dict, # from `official_weights`
+    net:nn.Module, # filled in place
+) -> nn.Module: # the same object
+    "Loads strictly; one ValueError lists what does not fit."
+    if problems := misfits(weights, net): raise ValueError(f'{name} does not fit this {type(net).__name__}: ' + '; '.join(problems))
+    net.load_state_dict(weights, strict=True)
+    return net
+
+def load_official(
+    source:str|Path|dict, # checkpoint file, or a state_dict, in the official layout
+    net:nn.Module, # filled in place
+) -> nn.Module: # the same object
+    "Loads official weights strictly; one ValueError lists what does not fit."
+    return fit_weights(*official_weights(source), net)

@@ -311,7 +311,7 @@ def test_misfits_are_named_and_nothing_is_loaded(weights, change, words):
     change(weights)
     model = tiny()
     before = {k: v.clone() for k,v in model.state_dict().items()}
-    with pytest.raises(ValueError, match='the state_dict does not fit this DA-CLIP: .*' + words):
+    with pytest.raises(ValueError, match='the state_dict does not fit this DACLIP: .*' + words):
         load_daclip_weights({'state_dict': weights}, model)
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 

@@ -231,7 +231,7 @@ def test_misfit_names_the_keys_and_changes_nothing():
     weights = unet.state_dict() | {'prompt': torch.zeros(1, 3), 'extra.weight': torch.zeros(2)}
     del weights['final_conv.bias']
     with pytest.raises(ValueError) as e: load_official(weights, other)
-    assert str(e.value) == ('the state_dict does not fit this U-Net: 1 missing: final_conv.bias; 1 unexpected: extra.weight; '
+    assert str(e.value) == ('the state_dict does not fit this ConditionalUNet: 1 missing: final_conv.bias; 1 unexpected: extra.weight; '
                             '1 of the wrong shape: prompt (1×3, expected 1×128)')
     assert all(torch.equal(before[k], v) for k,v in other.state_dict().items())
 
