@@ -194,8 +194,10 @@ CONFIGS = {
     'sampling-miniature': TrainConfig(
         network=dict(nf=32, ch_mult=(1, 2, 4), scale=.5), parametrisation='residual', condition='word', steps=24_000, batch=4, patch=64,
         zoom=4., lr=6e-4, warmup=200, restarts=(10_000,), clip=1., ema=.999, ema_every=1),
-    'universal-paper': TrainConfig(precision='bfloat16')}
+    'universal-paper': TrainConfig(precision='bfloat16'),
+    'unified-paper': TrainConfig(condition='both', daclip='daclip_ViT-B-32.pt', precision='bfloat16')}
 CONFIGS['noise-miniature'] = replace(CONFIGS['sampling-miniature'], parametrisation='noise', steps=1500, restarts=())
+CONFIGS['unified-miniature'] = replace(CONFIGS['sampling-miniature'], condition='both', steps=6000, restarts=())
 
 # %% ../nbs/08_training.ipynb #472f3370
 def build(
