@@ -99,8 +99,10 @@ class DACLIP(nn.Module):
     "A frozen CLIP and the controller of its image encoder, in the official layout."
     def __init__(self,
         clip:open_clip.CLIP, # becomes part of this, frozen
+        words:tuple=DEGRADATIONS, # the degradations that it tells apart
     ):
         super().__init__()
+        self.words = tuple(words)
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone())
         self.clip = clip.requires_grad_(False).eval()
         self.visual = clip.visual  # the official state_dict holds the image encoder under both names
@@ -204,13 +206,13 @@ def encode_text(self:DACLIP,
 @patch
 @torch.no_grad()
 def embed_words(self:DACLIP,
-    words:tuple=DEGRADATIONS, # words or captions
+    words:tuple|None=None, # words or captions; None: those it was trained for
     template:str='{}', # text around each
 ) -> Tensor: # len(words)×embed_dim, normalised
     "Text embeddings of words: compute them once, they do not change while the controller is trained."
     if '{}' not in template: raise ValueError(f"template {template!r} has no {{}} for the word")
     tokenizer = _tokenizer(self.clip.vocab_size, self.clip.context_length)
-    tokens = tokenizer([template.replace('{}', w) for w in words]).to(self.logit_scale.device)
+    tokens = tokenizer([template.replace('{}', w) for w in (self.words if words is None else words)]).to(self.logit_scale.device)
     return F.normalize(self.encode_text(tokens), dim=-1)
 
 # %% ../nbs/06_controller.ipynb #70c95ef3
@@ -218,12 +220,12 @@ def embed_words(self:DACLIP,
 @torch.no_grad()
 def classify(self:DACLIP,
     lq:Tensor|Embeddings, # B×3×H×W in [0,1], any H and W; or what `embed` made of it
-    words:tuple|Tensor=DEGRADATIONS, # words, or what `embed_words` made of them
+    words:tuple|Tensor|None=None, # words, or what `embed_words` made of them; None: those it was trained for
     template:str='{}', # text around each word
     control:bool=True, # False: zero-shot classification by CLIP alone
 ) -> Tensor: # probabilities, B×len(words)
     "Which word describes what is wrong with an image."
-    text = words if isinstance(words, Tensor) else self.embed_words(tuple(words), template)
+    text = words if isinstance(words, Tensor) else self.embed_words(words, template)
     e = lq if isinstance(lq, Embeddings) else self.embed(lq, control)
     image, scale = (e.degradation, self.logit_scale) if control else (e.content, self.clip.logit_scale)
     return (scale.float().exp() * F.normalize(image, dim=-1) @ text.float().T).softmax(dim=-1)
@@ -292,7 +294,8 @@ def save_daclip(
     tensors = {k: v.detach().cpu().half().contiguous() for k,v in model.state_dict().items() if not k.startswith('visual.')}
     if bad := [k for k,v in tensors.items() if not v.isfinite().all()]:
         raise ValueError(f'not finite in half precision: {", ".join(bad[:6])}')
-    header = dict(kind='daclip', config=json.dumps(clip_config(config)), facts=json.dumps(facts, sort_keys=True))
+    header = dict(kind='daclip', config=json.dumps(clip_config(config)), words=json.dumps(model.words),
+                  facts=json.dumps(facts, sort_keys=True))
     with atomic(path) as tmp: save_file(tensors, tmp, header)
     return Path(path)
 
@@ -326,4 +329,5 @@ def load_daclip(
         config = own
     if config is None and (named := re.search(r'ViT-[A-Za-z]+-\d+', path.name)): config = named[0]
     if config is None: raise ValueError(f"{path} does not say which CLIP it belongs to: name it, as in config='ViT-B-32'")
-    return load_daclip_weights(path, DACLIP(make_clip(config))).to(device).eval()
+    words = json.loads(header['words']) if 'words' in header else DEGRADATIONS
+    return load_daclip_weights(path, DACLIP(make_clip(config), words)).to(device).eval()

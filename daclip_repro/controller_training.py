@@ -243,7 +243,7 @@ class ControllerTrainer(Trainer):
     def make_model(self):
         torch.manual_seed(self.config.seed)
         self.texts = {}
-        return DACLIP(load_clip(self.config.model, self.config.pretrained))
+        return DACLIP(load_clip(self.config.model, self.config.pretrained), self.config.degradations)
 
     def parameter_groups(self): # as open_clip: no weight decay for scales, biases and norms
         groups = ([], [])

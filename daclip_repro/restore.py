@@ -20,7 +20,6 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .degradations import DEGRADATIONS
 from .photos import _images_below, atomic, image_from_array, load_pixels, upright
 from .training import load_weights
 from .unet import reflect_index
@@ -199,7 +198,7 @@ def degradation(self:Restorer,
     "What a DA-CLIP in the weights sees."
     if self.model.daclip is None: return None
     p = self.model.classify(self._whole(lq))[0]
-    return DEGRADATIONS[int(p.argmax())], float(p.max())
+    return self.model.daclip.words[int(p.argmax())], float(p.max())
 
 @patch
 def _whole(self:Restorer, lq:Tensor) -> Tensor: # 1×3×H×W, float32 in [0,1], on the device

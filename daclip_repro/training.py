@@ -77,7 +77,7 @@ def tell(self:Conditioned,
     return self.net.precompute(degradation, content)
 
 @patch
-def classify(self:Conditioned, lq:Tensor) -> Tensor: # B×10, probabilities of DEGRADATIONS
+def classify(self:Conditioned, lq:Tensor) -> Tensor: # probabilities of `daclip.words`, B×their number
     "What DA-CLIP thinks is wrong; for weights that have one."
     return self.daclip.to(lq.device).classify(lq)
 
