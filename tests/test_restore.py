@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,11 +323,12 @@ def test_a_result_says_how_it_was_made(here):
 
 def test_the_predicted_degradation_is_printed(here, capsys, monkeypatch):
     class Seeing(Recorder):
-        words, daclip = (), SimpleNamespace(words=("scratched", "faded"))
+        words, daclip = (), nn.Linear(1, 1)
+        daclip.words = ("scratched", "faded")
         def classify(self, lq): return torch.tensor([[.45, .55]])
     monkeypatch.setattr("daclip_repro.restore.load_weights", lambda source, device="cpu": Seeing())
     assert main(["restore", "photos/a.png", "--out", "out", "--device", "cpu"]) == 0
-    assert f"photos/a.png -> out/a.png: faded (55.0 %)\n" in capsys.readouterr().out
+    assert "photos/a.png -> out/a.png: faded (55.0 %)\n" in capsys.readouterr().out
 
 
 def test_a_changed_photograph_is_not_taken_for_restored(here, capsys):
