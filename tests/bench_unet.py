@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from daclip_repro import unet as U
+from daclip_repro.controller import DACLIP, make_clip
 from daclip_repro.unet import ConditionalUNet
 
 
@@ -73,6 +74,22 @@ def sampling(unet, once, steps=10, side=32):
     return run
 
 
+def restoring(unet, daclip=None, steps=1, side=64):
+    "One image from the first step to the last, with DA-CLIP's look at it before."
+    x, mu = torch.rand(2, 1, 3, side, side).unbind()
+    def run():
+        with torch.no_grad():
+            context = None if daclip is None else unet.precompute(*reversed(daclip.embed(mu)))
+            return [unet(x, mu, t, context=context) for t in range(steps, 0, -1)][-1:]
+    return run
+
+
+def told(daclip=None, **sizes):
+    "A network that is told nothing, or both embeddings."
+    if daclip is None: return ConditionalUNet(**sizes, use_degra_context=False, use_image_context=False).eval()
+    return ConditionalUNet(**sizes, context_dim=daclip.clip.visual.output_dim).eval()
+
+
 def cases():
     "Name, baseline, variant, whether both give the same result."
     seeded = lambda make, *args, **kw: (torch.manual_seed(0), make(*args, **kw))[1]
@@ -86,6 +103,15 @@ def cases():
     yield 'forward: full scale -> half scale', seeded(forward, full), seeded(forward, net), False
     yield '8 images: one by one -> one batch', seeded(forward, net, batch=1, calls=8), seeded(forward, net), False
     yield '10 steps of DA-CLIP: plain -> precompute', *pair(sampling, daclip, dict(once=False), dict(once=True)), True
+    sizes, small = dict(nf=32, ch_mult=(1, 2, 4), scale=.5), seeded(lambda: DACLIP(make_clip('clip-miniature')).eval())
+    for steps in (10, 100):
+        yield (f'miniature, {steps} steps: told nothing -> DA-CLIP', seeded(restoring, told(**sizes), steps=steps),
+               seeded(restoring, told(small, **sizes), small, steps=steps), False)
+    large = seeded(lambda: DACLIP(make_clip('ViT-B-32')).eval())
+    yield ('256², 1 step and look: nothing -> DA-CLIP', seeded(restoring, told(), side=256),
+           seeded(restoring, told(large), large, side=256), False)
+    yield ('256²: 1 step -> DA-CLIP\'s look alone', seeded(restoring, told(), side=256),
+           seeded(restoring, told(large), large, steps=0, side=256), False)
 
 
 def seconds(f):
@@ -100,7 +126,7 @@ def main():
     args = parser.parse_args()
     print(f'U-Net, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} alternating rounds; '
           'above 1: the right-hand side is faster')
-    print(f'{"":42s} {"ratio":>6s} {"range":>14s} {"left":>9s} {"right":>9s}')
+    print(f'{"":46s} {"ratio":>6s} {"range":>14s} {"left":>9s} {"right":>9s}')
     for name, base, variant, same in cases():
         a, b = base(), variant()
         if same and (a - b).abs().max() > 1e-5*a.abs().max():
@@ -108,7 +134,7 @@ def main():
         times = [(seconds(base), seconds(variant)) for _ in range(args.rounds)]
         ratios = [x/y for x,y in times]
         left, right = (statistics.median(t) for t in zip(*times))
-        print(f'{name:42s} {statistics.median(ratios):5.2f}x {min(ratios):6.2f} .. {max(ratios):4.2f} '
+        print(f'{name:46s} {statistics.median(ratios):5.2f}x {min(ratios):6.2f} .. {max(ratios):4.2f} '
               f'{left*1e3:6.0f} ms {right*1e3:6.0f} ms', flush=True)
 
 
