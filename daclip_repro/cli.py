@@ -313,8 +313,9 @@ def tables(
     from daclip_repro.tables.tables import published
     out = out or file.resolve().parent.parent/"results"
     papers = published(out/"published.csv") if (out/"published.csv").exists() else None
-    planned = (sweep.file.profiles[profile].grid or {}).get("degradation")
-    for path in write_results(rows, sweep.claims, sweep.name, out, _strips(runs), papers, degradations=planned):
+    planned = sorted({point["degradation"] for point in sweep.points(profile) if "degradation" in point}) or None
+    beside = sweep.file.beside and sweep.file.beside.model_dump()
+    for path in write_results(rows, sweep.claims, sweep.name, out, _strips(runs), papers, beside, planned):
         typer.echo(os.path.relpath(path))
 
 # %% ../nbs/10_cli.ipynb #2c2ae648

@@ -70,6 +70,8 @@ MALFORMED = {
     "train: neither photographs nor pairs": ({}, "train --out o", "--photos or --pairs"),
     "train: photographs and pairs": ({}, "train --out o --photos photos --pairs photos", "one of the two"),
     "train: pairs for a CLIP": ({}, "train --out o --pairs photos --config clip-miniature", "labelled photographs"),
+    "train: a DA-CLIP without captions":
+        ({"c.yaml": "base: daclip-miniature\ncontent: caption"}, "train --out o --photos photos --config c.yaml", "has no caption"),
     "train: no steps": ({}, "train --photos photos --out o --steps 0", "--steps"),
     "sweep: no file": ({}, "sweep nothere.yaml", "nothere.yaml"),
     "sweep: no YAML": ({"s.yaml": "a: [1"}, "sweep s.yaml", "s.yaml"),

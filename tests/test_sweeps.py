@@ -603,6 +603,9 @@ def test_annotations_are_types(tmp_path):
 GOOD = 'notebook: tiny.ipynb\nprofiles:\n  miniature:\n    grid: {seed: [0, 1]}\n'
 MALFORMED = {
     'unknown key': (GOOD + 'sede: 1', "line 5: sede: unknown key"),
+    'unknown key beside': (GOOD + 'beside: {paper: x, tables: [y], lines: {a: {b: c}}, line: {}}',
+                           "line 5: beside.line: unknown key; did you mean 'lines'?"),
+    'no table beside': (GOOD + 'beside: {paper: x, tables: [], lines: {a: {method: a}}}', 'line 5: beside.tables: must not be empty'),
     'unknown key of a profile': (GOOD.replace('grid', 'gird'), "line 4: profiles.miniature.gird: unknown key; did you mean 'grid'?"),
     'empty grid': (GOOD.replace('{seed: [0, 1]}', '{}'), 'line 4: profiles.miniature.grid: must not be empty'),
     'empty list': (GOOD.replace('[0, 1]', '[]'), 'line 4: profiles.miniature.grid.seed: must not be empty'),
