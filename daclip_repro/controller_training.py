@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROLLER_CONFIGS', 'BLIP', 'ControllerConfig', 'Batch', 'Photographs', 'square', 'read_titles', 'PairFiles',
-           'pair_files', 'blip', 'one_line', 'generate_captions', 'ControllerTrainer', 'load_clip',
+           'pair_files', 'blip', 'one_line', 'generate_captions', 'ControllerTrainer', 'load_clip', 'Answers', 'ask',
            'controller_validator', 'train_controller']
 
 # %% ../nbs/06d_controller_training.ipynb #a81be02b
@@ -46,8 +46,9 @@ class ControllerConfig(LoopConfig):
         if self.micro < 0: return f"micro is {self.micro}: expected 0 or more"
 
 CONTROLLER_CONFIGS = {
-    'daclip-miniature': ControllerConfig(model='clip-miniature', pretrained='daclip-miniature', content='image', steps=1500, batch=80,
-        patch=64, zoom=4., severity=(.6, 1.2), lr=5e-4, warmup=50, weight_decay=.05, betas=(.9, .98), ema=.99, ema_every=1),
+    'daclip-miniature': ControllerConfig(model='clip-miniature', pretrained='daclip-miniature', content='image', steps=4800,
+        restarts=(3000,), batch=80, patch=64, zoom=4., severity=(.7, 1.3), lr=1e-3, warmup=50, weight_decay=.05,
+        betas=(.9, .98), ema=.99, ema_every=1),
     # 50 epochs of the 52,801 training pairs of the ten data sets (methods of the paper, section 4.1), four GPUs with 784 each
     'daclip-paper': ControllerConfig(steps=842, batch=3136, patch=256, lr=3e-5, lr_min=0., warmup=100, weight_decay=.05, betas=(.9, .98),
         ema=0., micro=196, precision='bfloat16')}
@@ -332,6 +333,24 @@ def gradients(self:ControllerTrainer, source:Photographs|PairFiles) -> float:
     for part, gradient in zip(parts, own.split(config.micro or share)): self.embed(part).backward(gradient)
     return loss.item()
 
+# %% ../nbs/06d_controller_training.ipynb #034fd364
+class Answers(NamedTuple):
+    "What a DA-CLIP makes of degraded photographs."
+    said: Tensor # number of the likeliest word, B
+    probability: Tensor # of each word, B×W
+    similarity: Tensor # cosine of the content embedding with CLIP's own of the clean photograph, B
+
+def ask(
+    model:DACLIP,
+    lq:Tensor, hq:Tensor, # degraded and clean photographs, B×3×H×W in [0,1]
+    words:Tensor, # W×D, from `embed_words`
+    control:bool=True, # False: CLIP without the controller
+) -> Answers:
+    "The two questions, photograph by photograph."
+    embeddings, clean = model.embed(lq, control), model.embed(hq, control=False)
+    p = model.classify(embeddings, words, control=control)
+    return Answers(p.argmax(1), p, F.cosine_similarity(embeddings.content, clean.content))
+
 # %% ../nbs/06d_controller_training.ipynb #60a8f28e
 def controller_validator(
     photos:list[Photo]|PairFiles, # held out
@@ -353,11 +372,12 @@ def controller_validator(
     def watch(trainer):
         if trainer.step % every: return {}
         model, right, closer = trainer.average.module.eval(), [], []
-        for word, sides in pairs():
+        text = model.embed_words(words)
+        for number, (_, sides) in enumerate(pairs()):
             lq, clean = (side.to(trainer.device) for side in sides)
-            told, plain, clean = model.embed(lq), model.embed(lq, control=False), model.embed(clean, control=False)
-            right.append((model.classify(told, words).argmax(1) == words.index(word)).float().mean())
-            closer.append((F.cosine_similarity(told.content, clean.content) - F.cosine_similarity(plain.content, clean.content)).mean())
+            told, plain = ask(model, lq, clean, text), ask(model, lq, clean, text, control=False)
+            right.append((told.said == number).float().mean())
+            closer.append((told.similarity - plain.similarity).mean())
         return dict(accuracy=round(sum(right).item() / len(right), 4), closer=round(sum(closer).item() / len(closer), 4))
     return watch
 
