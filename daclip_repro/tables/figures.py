@@ -116,9 +116,10 @@ def bars(
 ) -> Figure: # also returned
     "Gain over the input per degradation and method."
     cells = gain_cells(rows, metric)
-    steps = headline_steps(cells) if steps is None else steps
-    cells = cells[cells.steps == steps]
-    if not len(cells): raise ValueError(f'no method was run with {steps} steps')
+    if 'steps' in cells:
+        steps = headline_steps(cells) if steps is None else steps
+        cells = cells[cells.steps == steps]
+        if not len(cells): raise ValueError(f'no method was run with {steps} steps')
     names = [*sorted(set(cells.degradation) - {AVERAGE}), AVERAGE]
     where = np.arange(len(names)) + np.array([.5 * (n == AVERAGE) for n in names])
     figure = Figure(figsize=(max(6, 1 + .85 * len(names)), 3.8), layout='constrained')
@@ -127,7 +128,7 @@ def bars(
         mine = cells[cells.method == m].set_index('degradation').loc[names].reset_index()
         bar_cluster(ax, mine, where + (i - (len(methods) - 1) / 2) * .8 / len(methods), .8 / len(methods), looks[m])
     ax.axhline(0, color='.2', lw=1)
-    ax.set(ylabel=gain_label(metric), title=f'Gain over the input, {steps} steps\n{caption(cells)}')
+    ax.set(ylabel=gain_label(metric), title=f"Gain over the input{f', {steps} steps' if 'steps' in cells else ''}\n{caption(cells)}")
     ax.set_xticks(where, names, rotation=30, ha='right')
     ax.grid(axis='x', visible=False)
     figure.legend(loc='outside right upper')
@@ -198,10 +199,11 @@ def image_grid(
 def planned_lines(
     claims:list, # from a sweep file
     by, # columns that make a line
-) -> list: # the lines that claims name completely
-    "Lines of the table that claims ask for."
-    sides = [check_claim(c)[k] for c in claims or [] for k in ('better', 'than')]
-    return [{c: s[c] for c in by} for s in sides if all(c in s and not isinstance(s[c], (list, tuple)) for c in by)]
+    beside=None, # from a sweep file: which published numbers stand beside our lines
+) -> list: # in this order
+    "Lines of the table that a sweep file names completely."
+    named = [*(beside or {}).get('lines', {}).values(), *(check_claim(c)[k] for c in claims or [] for k in ('better', 'than'))]
+    return [{c: s[c] for c in by} for s in named if all(c in s and not isinstance(s[c], (list, tuple)) for c in by)]
 
 # %% ../../nbs/tables/02_figures.ipynb #65d64763
 def write_results(
@@ -220,7 +222,7 @@ def write_results(
     cells = None if beside is None else published_cells(papers, **beside)
     by = [c for c in BY if c in rows] # a table of methods that have no steps has no such column
     judged = claim_table(rows, claims, by, papers=papers)
-    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by), degradations=degradations)
+    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by, beside), degradations=degradations)
     if strips is not None: check_strips(strips)
     paths = write_tables(table, judged, out, by)
     figures, known = Path(out)/'figures', table[~is_baseline(table) & np.isfinite(table.gain)]

@@ -148,11 +148,11 @@ def arrange(
     by=BY, # columns that make a line
     groups=None, # further lines that were planned, as dicts; those without rows will say 'not run'
     degradations=None, # further degradations that were planned
-) -> Grid: # groups in the order of METHODS, then as they come
+) -> Grid: # groups in the order of METHODS, then as planned, then as they come
     "Number the lines, photographs, degradations and images of the rows."
     by = list(by)
     planned = pd.DataFrame(list(groups or []), columns=by)
-    lines = pd.concat([rows[by], planned.astype(rows[by].dtypes.to_dict())]).drop_duplicates()
+    lines = pd.concat([planned.astype(rows[by].dtypes.to_dict()), rows[by]]).drop_duplicates()
     rank = {m: i for i, m in enumerate([*METHODS, *(m for m in lines.get('method', ()) if m not in METHODS)])}
     lines = lines.sort_values(by, key=lambda c: c.map(rank) if c.name == 'method' else c, ignore_index=True)
     names = sorted({*rows.degradation, *(degradations or [])})
@@ -692,7 +692,8 @@ def page(
 ) -> str: # Markdown
     "The whole Markdown page of an experiment."
     steps, known = headline_steps(table, baseline), (table.status == 'ok') | (table.published_status != 'not available')
-    sections = {'Average over degradations': [average_markdown(table, 'value', by, baseline), AVERAGE_NOTE]}
+    sections = {'Average over degradations': [average_markdown(table, 'value', by, baseline),
+                                               AVERAGE_NOTE if 'steps' in by else AVERAGE_NOTE.replace(' whatever their steps,', '')]}
     if np.isfinite(table.gain).any():
         sections['Gain over the degraded input'] = [average_markdown(table, 'gain', by, baseline), GAIN_NOTE]
     for m in table[known].metric.unique():
