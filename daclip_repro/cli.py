@@ -315,7 +315,7 @@ def tables(
     papers = published(out/"published.csv") if (out/"published.csv").exists() else None
     planned = sorted({point["degradation"] for point in sweep.points(profile) if "degradation" in point}) or None
     beside = sweep.file.beside and sweep.file.beside.model_dump()
-    for path in write_results(rows, sweep.claims, sweep.name, out, _strips(runs), papers, beside, planned):
+    for path in write_results(rows, sweep.claims, sweep.name, out, _strips(runs), papers, beside, planned, sweep.file.trainings):
         typer.echo(os.path.relpath(path))
 
 # %% ../nbs/10_cli.ipynb #2c2ae648

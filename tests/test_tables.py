@@ -48,6 +48,23 @@ def test_coverage_can_fail():
     assert np.mean((low <= 0) & (high >= 0)) < .92
 
 
+@pytest.mark.parametrize('k, luck', [(3, 0.), (3, .3), (3, 3.), (5, 3.)])
+def test_intervals_over_trainings_cover(k, luck):
+    rng = np.random.default_rng([k, 12])
+    x = rng.normal(0, 1, (12, 1, 1000)) + luck * rng.normal(0, 1, (1, k, 1000)) + rng.normal(0, .4, (12, k, 1000))
+    found = st.crossed_intervals(x)
+    assert .92 <= np.mean((found.low <= 0) & (found.high >= 0)) <= .975
+
+
+def test_what_trainings_leave_open():
+    x = np.random.default_rng(0).normal(0, 1, (6, 3, 4))
+    x[0, :, 0], x[0, 1, 1], x[:, 1:, 2], x[:, :, 3] = np.nan, np.nan, np.nan, np.nan
+    found = st.crossed_intervals(x)
+    assert found.n.tolist() == [5, 6, 6, 0] and np.isfinite(found.mean).tolist() == [True, True, True, False]
+    assert np.isfinite(found.low).tolist() == [True, False, False, False]
+    assert np.allclose([found.low[0], found.high[0]], np.ravel(st.crossed(x[1:, :, :1])))
+
+
 def test_seeds_are_not_photographs():
     "Thirty seeds of one photograph do not make an interval narrower than seven photographs allow."
     rng = np.random.default_rng(0)
@@ -320,6 +337,24 @@ def test_claims_that_cannot_be_judged(rows):
     fewer = judge(rows.query("not (method == 'sde' and seed == 1)"))
     assert fewer.verdict == 'reproduced' and fewer.note == 'pairs 21 of 42 images'
     assert judge(rows[rows.photo < 'photo0004']).verdict == 'too close to tell'
+
+
+def test_trainings_widen_what_is_said():
+    "A method that was lucky in one of its trainings wins over photographs, and not over trainings."
+    rows = st.synthetic_rows(photos=9, steps=(10, 100), seeds=3, degradations=('hazy', 'noisy'), seed=1)
+    rows.loc[(rows.method == 'posterior') & (rows.seed == 0), 'psnr'] += 6
+    nested, over = (line(tb.sampling_table(rows, trainings=t), 'posterior') for t in (False, True))
+    assert over.value == pytest.approx(nested.value) and over.high - over.low > 2 * (nested.high - nested.low) and over.interval == 'ok'
+    judged = [tb.claim_table(rows, [CLAIM], trainings=t).iloc[0].verdict for t in (False, True)]
+    assert judged == ['reproduced', 'too close to tell']
+    table = tb.sampling_table(rows, trainings=True)
+    text = tb.page(table, tb.claim_table(rows, [CLAIM], trainings=True))
+    assert 'over photographs and trainings' in text and 'fewer than 5 photographs or 3 trainings' in text
+    two = rows[rows.seed < 2]
+    assert line(tb.sampling_table(two, trainings=True), 'sde').interval == 'cannot be trusted'
+    steady = two.assign(psnr=two.psnr - 6 * ((two.method == 'posterior') & (two.seed == 0)))
+    assert tb.claim_table(steady, [CLAIM], trainings=True).iloc[0].verdict == 'too close to tell'
+    assert tb.claim_table(steady, [CLAIM]).iloc[0].verdict == 'reproduced'
 
 
 @pytest.mark.parametrize('change, why', [

@@ -161,6 +161,7 @@ class SweepFile(BaseModel):
     profiles:Annotated[dict[str, Profile], Field(min_length=1)] # by name
     claims:list[dict[str, Any]] = [] # for the tables
     beside:Beside|None = None # for the tables
+    trainings:bool = False # every seed is a training of its own: the tables' intervals are over trainings, too
 
 # %% ../../nbs/sweeps/01_papermill.ipynb #0e0680ba
 def _line(node:yaml.Node, way) -> int: # line in the file, from 1

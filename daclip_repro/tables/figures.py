@@ -28,8 +28,9 @@ STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.labelsize': 10, 'legend.fr
 def method_look(
     methods, # names of methods
 ) -> dict: # name → (colour, hatch, marker)
-    "How each method is drawn; the known ones always the same."
-    known = [m for m in METHODS if m not in BASELINE.values()]
+    "How each method is drawn; the samplers always the same, wherever one of them is."
+    samplers = [m for m in METHODS if m not in BASELINE.values()]
+    known = samplers if set(samplers) & set(methods) else []
     order = [*known, *sorted(set(methods) - set(known) - set(BASELINE.values()))]
     palette = sns.color_palette('colorblind', max(10, len(order)))
     return {m: (palette[i], HATCHES[i % 6], MARKERS[i % 6]) for i, m in enumerate(order)}
@@ -122,8 +123,9 @@ def bars(
         if not len(cells): raise ValueError(f'no method was run with {steps} steps')
     names = [*sorted(set(cells.degradation) - {AVERAGE}), AVERAGE]
     where = np.arange(len(names)) + np.array([.5 * (n == AVERAGE) for n in names])
-    figure = Figure(figsize=(max(6, 1 + .85 * len(names)), 3.8), layout='constrained')
-    ax, looks, methods = figure.add_subplot(), method_look(cells.method), cells.method.unique()
+    methods = cells.method.unique()
+    figure = Figure(figsize=(max(6, 1 + max(.85, .15 * len(methods)) * len(names)), 3.8), layout='constrained')
+    ax, looks = figure.add_subplot(), method_look(methods)
     for i, m in enumerate(methods):
         mine = cells[cells.method == m].set_index('degradation').loc[names].reset_index()
         bar_cluster(ax, mine, where + (i - (len(methods) - 1) / 2) * .8 / len(methods), .8 / len(methods), looks[m])
@@ -215,14 +217,16 @@ def write_results(
     papers=None, # from `published`, where claims or `beside` name published numbers
     beside=None, # which published numbers stand beside our lines: the keywords paper, tables, lines of `published_cells`
     degradations=None, # planned degradations; those without rows say 'not run'
+    trainings:bool=False, # every seed is a training of its own
 ) -> list: # paths of the files written
     "Make all tables and figures of an experiment."
     if list(rows.get('experiment', pd.Series([experiment])).unique()) not in ([experiment], []):
         raise ValueError(f"rows: they belong to experiment '{rows.experiment.iloc[0]}', expected '{check_name(experiment)}'")
     cells = None if beside is None else published_cells(papers, **beside)
     by = [c for c in BY if c in rows] # a table of methods that have no steps has no such column
-    judged = claim_table(rows, claims, by, papers=papers)
-    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by, beside), degradations=degradations)
+    judged = claim_table(rows, claims, by, papers=papers, trainings=trainings)
+    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by, beside), degradations=degradations,
+                           trainings=trainings)
     if strips is not None: check_strips(strips)
     paths = write_tables(table, judged, out, by)
     figures, known = Path(out)/'figures', table[~is_baseline(table) & np.isfinite(table.gain)]
