@@ -293,30 +293,60 @@ def _strips(runs): # degradation → [(title, image), …] of the run with most 
         with np.load(file) as kept: strips[word] = [(k, kept[k]) for k in kept.files]
     return strips or None
 
-def _finished(sweep, profile): # the runs that are done; their rows
-    import pandas as pd
-    runs = [r for r in sweep.runs(profile) if r.problem() is None]
-    if not runs: raise ValueError(f"{sweep.path}: no run of profile {profile} is done; daclip sweep does them")
-    return runs, pd.concat([r.rows() for r in runs], ignore_index=True).assign(experiment=sweep.name, scale=profile)
+def _archive(sweep, profile, out, keep): # what tables are made of, and the runs it is from; None: neither runs nor what was kept of them
+    from daclip_repro.tables.archive import archived, read_archive, write_archive
+    runs = [r for r in sweep.runs(profile) if r.problem() is None] if keep else []
+    if runs: write_archive(archived(runs, profile), out/"records")
+    elif not (out/"records"/f"{sweep.name}.json").exists(): return None, []
+    archive = read_archive(sweep.name, out/"records") # also what was just written: the tables are of the numbers that are kept
+    if archive.scale != profile: raise ValueError(f"{out}/records/{sweep.name}.json: kept of profile {archive.scale}, not {profile}")
+    return archive, runs
+
+def _results(sweep, profile, archive, out): # its tables
+    from daclip_repro.tables.tables import published, results
+    papers = published(out/"published.csv") if (out/"published.csv").exists() else None
+    planned = sorted({point["degradation"] for point in sweep.points(profile) if "degradation" in point}) or None
+    rows, beside = archive.rows.assign(experiment=sweep.name, scale=profile), sweep.file.beside and sweep.file.beside.model_dump()
+    return results(rows, sweep.claims, sweep.name, papers, beside, planned, sweep.file.trainings)
+
+def _differ(found, out): # sentences on the tables that are not these
+    from daclip_repro.tables.tables import table_texts
+    for name, text in table_texts(*found).items():
+        path = out/"tables"/name
+        if not path.is_file(): yield f"{path}: is missing"
+        elif path.read_text() != text: yield f"{path}: is not what {out}/records gives; daclip tables writes it"
 
 # %% ../nbs/10_cli.ipynb #e4e0f221
 @app.command()
 def tables(
-    file:_File, profile:_Profile="miniature",
-    out:Annotated[Path|None, typer.Option(help="folder for tables/ and figures/; default: results/ beside the experiments")]=None,
+    file:Annotated[Path|None, typer.Argument(help="sweep file; default: all in experiments/")]=None, profile:_Profile="miniature",
+    out:Annotated[Path|None, typer.Option(help="folder for records/, tables/ and figures/; default: results/ beside the experiments")]=None,
+    check:Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if records were edited or tables do not follow")]=False,
 ):
-    "Write tables and figures from finished runs."
+    "Keep the rows of finished runs, and write tables and figures of what is kept."
     from daclip_repro.sweeps.papermill import load_sweep
-    sweep = load_sweep(file)
-    runs,rows = _finished(sweep, profile)
-    from daclip_repro.tables.figures import write_results
-    from daclip_repro.tables.tables import published
-    out = out or file.resolve().parent.parent/"results"
-    papers = published(out/"published.csv") if (out/"published.csv").exists() else None
-    planned = sorted({point["degradation"] for point in sweep.points(profile) if "degradation" in point}) or None
-    beside = sweep.file.beside and sweep.file.beside.model_dump()
-    for path in write_results(rows, sweep.claims, sweep.name, out, _strips(runs), papers, beside, planned, sweep.file.trainings):
-        typer.echo(os.path.relpath(path))
+    wrong = []
+    for f in _files(file):
+        sweep, here = load_sweep(f), out or Path(os.path.relpath(f.resolve().parent.parent/"results"))
+        try: archive, runs = _archive(sweep, profile, here, not check)
+        except ValueError as e:
+            if not check: raise
+            wrong.append(str(e))
+            continue
+        if archive is None:
+            if file: raise ValueError(f"{f}: no run of profile {profile} is done; daclip sweep does them")
+            typer.echo(f"{f}: not run")
+            continue
+        if not check and not runs:
+            made = ", ".join(sorted({r["commit"][:10] for r in archive.runs}))
+            typer.echo(f"{f}: no run is done with the code as it is now; from what was kept of commit {made}")
+        found = _results(sweep, profile, archive, here)
+        if check: wrong += _differ(found, here)
+        else:
+            from daclip_repro.tables.figures import write_results
+            for path in write_results(found, here, _strips(runs)): typer.echo(os.path.relpath(path))
+    for sentence in wrong: typer.echo(sentence, err=True)
+    if wrong: raise typer.Exit(1)
 
 # %% ../nbs/10_cli.ipynb #2c2ae648
 @app.command()

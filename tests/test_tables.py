@@ -444,7 +444,7 @@ def strips(): return {w: [(t, np.full((8, 8, 3), i * 60, np.uint8)) for i, t in 
 
 def test_same_bytes_in_any_order_of_rows(rows, tmp_path):
     shuffled = rows.sample(frac=1, random_state=3)[rows.columns[::-1]]
-    made = [fig.write_results(r, [CLAIM], 'synthetic', tmp_path/n, strips()) for n, r in (('a', rows), ('b', shuffled))]
+    made = [fig.write_results(tb.results(r, [CLAIM], 'synthetic'), tmp_path/n, strips()) for n, r in (('a', rows), ('b', shuffled))]
     assert [p.relative_to(tmp_path/'a') for p in made[0]] == [p.relative_to(tmp_path/'b') for p in made[1]]
     for a, b in zip(*made): assert a.read_bytes() == b.read_bytes(), a.name
     names = {str(p.relative_to(tmp_path/'a')) for p in made[0]}
@@ -470,13 +470,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['../x', 'a/b', '', '.hidden', 'a b', None])
 def test_experiment_names_stay_in_their_folder(rows, name, tmp_path):
-    with pytest.raises(ValueError, match='experiment'): fig.write_results(rows.assign(experiment=name or ''), [], name, tmp_path)
+    with pytest.raises(ValueError, match='experiment'):
+        fig.write_results(tb.results(rows.assign(experiment=name or ''), [], name), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_rows_of_another_experiment(rows, tmp_path):
     with pytest.raises(ValueError, match="belong to experiment 'synthetic', expected 'sampling'"):
-        fig.write_results(rows, [], 'sampling', tmp_path)
+        tb.results(rows, [], 'sampling')
 
 
 def test_markdown_escapes(): assert tb.markdown(pd.DataFrame([{'a|b': 'c|d\ne'}])).count('\\|') >= 1

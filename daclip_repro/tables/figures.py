@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HATCHES', 'MARKERS', 'DPI', 'STYLE', 'method_look', 'styled', 'save', 'gain_cells', 'caption', 'gain_label',
-           'bar_cluster', 'bars', 'quality_vs_steps', 'check_strips', 'image_grid', 'planned_lines', 'write_results']
+           'bar_cluster', 'bars', 'quality_vs_steps', 'check_strips', 'image_grid', 'write_results']
 
 # %% ../../nbs/tables/02_figures.ipynb #df05f8c7
 from io import BytesIO
@@ -17,8 +17,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .tables import (AVERAGE, BASELINE, BY, METHODS, METRICS, check_claim, check_name, claim_table, headline_steps,
-                                        is_baseline, published_cells, sampling_table, write_file, write_tables)
+from .tables import (AVERAGE, BASELINE, METHODS, METRICS, Results, headline_steps, is_baseline, sampling_table,
+                                        write_file, write_tables)
 
 # %% ../../nbs/tables/02_figures.ipynb #30b5dc9a
 HATCHES, MARKERS, DPI = ('', '//', '..', 'xx', '\\\\', '++'), 'osD^vP', 110
@@ -197,38 +197,17 @@ def image_grid(
             ax.set_title(title, fontsize=8, pad=2)
     return save(figure, path)
 
-# %% ../../nbs/tables/02_figures.ipynb #e0e4318b
-def planned_lines(
-    claims:list, # from a sweep file
-    by, # columns that make a line
-    beside=None, # from a sweep file: which published numbers stand beside our lines
-) -> list: # in this order
-    "Lines of the table that a sweep file names completely."
-    named = [*(beside or {}).get('lines', {}).values(), *(check_claim(c)[k] for c in claims or [] for k in ('better', 'than'))]
-    return [{c: s[c] for c in by} for s in named if all(c in s and not isinstance(s[c], (list, tuple)) for c in by)]
-
 # %% ../../nbs/tables/02_figures.ipynb #65d64763
 def write_results(
-    rows:pd.DataFrame, # one row per image
-    claims:list, # from a sweep file
-    experiment:str, # name, the rows' own
+    found:Results, # from `results`
     out='results', # folder that gets tables/ and figures/
     strips=None, # degradation → list of (title, H×W×3 uint8 array) for the image grid
-    papers=None, # from `published`, where claims or `beside` name published numbers
-    beside=None, # which published numbers stand beside our lines: the keywords paper, tables, lines of `published_cells`
-    degradations=None, # planned degradations; those without rows say 'not run'
-    trainings:bool=False, # every seed is a training of its own
 ) -> list: # paths of the files written
-    "Make all tables and figures of an experiment."
-    if list(rows.get('experiment', pd.Series([experiment])).unique()) not in ([experiment], []):
-        raise ValueError(f"rows: they belong to experiment '{rows.experiment.iloc[0]}', expected '{check_name(experiment)}'")
-    cells = None if beside is None else published_cells(papers, **beside)
-    by = [c for c in BY if c in rows] # a table of methods that have no steps has no such column
-    judged = claim_table(rows, claims, by, papers=papers, trainings=trainings)
-    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by, beside), degradations=degradations,
-                           trainings=trainings)
+    "Write all tables and figures of an experiment."
+    table, _, by = found
+    experiment = table.experiment.iloc[0]
     if strips is not None: check_strips(strips)
-    paths = write_tables(table, judged, out, by)
+    paths = write_tables(*found[:2], out, by)
     figures, known = Path(out)/'figures', table[~is_baseline(table) & np.isfinite(table.gain)]
     for m in known.metric.unique():
         averaged = (known[known.metric == m].degradation == AVERAGE).any()

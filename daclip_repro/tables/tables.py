@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'QUALITY', 'BY', 'BASELINE', 'AVERAGE', 'METHODS', 'PUBLIS
            'published', 'published_cells', 'check_claim', 'select', 'coverage_gap', 'judge', 'judge_pairs',
            'published_difference', 'claim_table', 'number', 'interval_text', 'published_text', 'cell_text', 'markdown',
            'fold', 'images_text', 'average_line', 'average_markdown', 'degradation_markdown', 'claims_markdown', 'page',
-           'write_file', 'csv_text', 'check_name', 'write_tables']
+           'write_file', 'csv_text', 'check_name', 'planned_lines', 'Results', 'results', 'table_texts', 'write_tables']
 
 # %% ../../nbs/tables/01_tables.ipynb #51405208
 import os
@@ -768,15 +768,59 @@ def check_name(
         raise ValueError(f'experiment {experiment!r}: expected letters, digits, - and _')
     return experiment
 
+# %% ../../nbs/tables/01_tables.ipynb #bdab9f65
+def planned_lines(
+    claims:list, # from a sweep file
+    by, # columns that make a line
+    beside=None, # from a sweep file: which published numbers stand beside our lines
+) -> list: # in this order
+    "Lines of the table that a sweep file names completely."
+    named = [*(beside or {}).get('lines', {}).values(), *(check_claim(c)[k] for c in claims or [] for k in ('better', 'than'))]
+    return [{c: s[c] for c in by} for s in named if all(c in s and not isinstance(s[c], (list, tuple)) for c in by)]
+
+# %% ../../nbs/tables/01_tables.ipynb #6c98d32e
+class Results(NamedTuple):
+    "What the rows of an experiment say."
+    table: pd.DataFrame # from `sampling_table`
+    judged: pd.DataFrame # from `claim_table`
+    by: list # columns that make a line
+
+def results(
+    rows:pd.DataFrame, # one row per image
+    claims:list, # from a sweep file
+    experiment:str, # name, the rows' own
+    papers=None, # from `published`, where claims or `beside` name published numbers
+    beside=None, # which published numbers stand beside our lines: the keywords paper, tables, lines of `published_cells`
+    degradations=None, # planned degradations; those without rows say 'not run'
+    trainings:bool=False, # every seed is a training of its own
+) -> Results:
+    "All tables of an experiment."
+    if list(rows.get('experiment', pd.Series([experiment])).unique()) not in ([experiment], []):
+        raise ValueError(f"rows: they belong to experiment '{rows.experiment.iloc[0]}', expected '{check_name(experiment)}'")
+    cells = None if beside is None else published_cells(papers, **beside)
+    by = [c for c in BY if c in rows] # a table of methods that have no steps has no such column
+    judged = claim_table(rows, claims, by, papers=papers, trainings=trainings)
+    table = sampling_table(rows, by=by, published=cells, groups=planned_lines(claims, by, beside), degradations=degradations,
+                           trainings=trainings)
+    return Results(table, judged, by)
+
 # %% ../../nbs/tables/01_tables.ipynb #e7a299db
+def table_texts(
+    table:pd.DataFrame, # from `sampling_table`
+    judged:pd.DataFrame, # from `claim_table`
+    by=BY, # columns that make a line
+    baseline=None, # column → value of the degraded input
+) -> dict: # file name → text: <experiment>.{csv,md} and <experiment>_claims.csv
+    "The tables of an experiment as files."
+    name = check_name(table.experiment.iloc[0])
+    return {f'{name}.csv': csv_text(table), f'{name}.md': page(table, judged, by, baseline), f'{name}_claims.csv': csv_text(judged)}
+
 def write_tables(
     table:pd.DataFrame, # from `sampling_table`
     judged:pd.DataFrame, # from `claim_table`
-    out='results', # folder that gets tables/<experiment>.{csv,md} and tables/<experiment>_claims.csv
+    out='results', # folder that gets tables/
     by=BY, # columns that make a line
     baseline=None, # column → value of the degraded input
 ) -> list: # paths
     "Write the tables of an experiment."
-    name = check_name(table.experiment.iloc[0])
-    files = {f'{name}.csv': csv_text(table), f'{name}.md': page(table, judged, by, baseline), f'{name}_claims.csv': csv_text(judged)}
-    return [write_file(Path(out)/'tables'/f, text) for f, text in files.items()]
+    return [write_file(Path(out)/'tables'/f, text) for f, text in table_texts(table, judged, by, baseline).items()]
