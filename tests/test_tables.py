@@ -339,6 +339,24 @@ def test_claims_that_cannot_be_judged(rows):
     assert judge(rows[rows.photo < 'photo0004']).verdict == 'too close to tell'
 
 
+def test_many_claims_are_corrected():
+    "A difference that one claim may rest on is not enough for the least sure of ten."
+    rows = st.synthetic_rows(photos=7, steps=(10,), seeds=1, degradations=('hazy',), seed=3)
+    pair = dict(CLAIM, better={'method': 'posterior'}, than={'method': 'ode'})
+    tried = [(dict(pair, margin=m), tb.claim_table(rows, [dict(pair, margin=m)]).iloc[0]) for m in np.linspace(.2, 1.2, 21)]
+    weak, alone = next((c, line) for c, line in tried if .01 < line.p < .05)
+    assert alone.verdict == 'reproduced'
+    ten = tb.claim_table(rows, [dict(weak, name=f'claim {i}') for i in range(10)])
+    assert (ten.p == pytest.approx(min(1, 10 * alone.p))) and set(ten.verdict) == {'too close to tell'}
+    text = tb.claims_markdown(ten)
+    assert 'too close to tell' in text and ('photos' in text) == (ten.needed > 7).any()
+
+
+def test_holm():
+    assert np.allclose(st.holm([.01, .04, .03, .005]), [.03, .06, .06, .02]) and st.holm([.9, .8]).tolist() == [1, 1]
+    assert np.isnan(st.holm([np.nan]))[0] and st.holm([]).size == 0
+
+
 def test_trainings_widen_what_is_said():
     "A method that was lucky in one of its trainings wins over photographs, and not over trainings."
     rows = st.synthetic_rows(photos=9, steps=(10, 100), seeds=3, degradations=('hazy', 'noisy'), seed=1)

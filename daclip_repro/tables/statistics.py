@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'TRUE_GAIN', 'PAIR', 'LEVEL', 'RESAMPLES', 'FEWEST', 'MANY', 'FEWEST_TRAININGS', 'synthetic_rows',
-           'paired_differences', 'by_photo', 'macro_mean', 'photo_values', 'Draws', 'draws', 'bootstrap_t', 'student_t',
-           'Intervals', 'intervals', 'crossed', 'crossed_intervals', 'wins', 'verdict']
+           'paired_differences', 'by_photo', 'macro_mean', 'photo_values', 'Draws', 'draws', 'resampled_t',
+           'bootstrap_t', 'student_t', 'Intervals', 'intervals', 'crossed_error', 'crossed', 'crossed_intervals',
+           'wins', 'p_value', 'holm', 'photographs_needed', 'verdict']
 
 # %% ../../nbs/tables/00_statistics.ipynb #de64ddae
 from functools import lru_cache
@@ -130,6 +131,20 @@ def draws(
     return out
 
 # %% ../../nbs/tables/00_statistics.ipynb #c6cdf9a3
+def resampled_t(
+    x:np.ndarray, # photographs×columns, no NaN, at least two photographs
+    jitter:float=1., # size of the smoothing in standard errors; 0 for the plain bootstrap-t
+    resamples:int=RESAMPLES, # draws
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # mean and standard error per column; t* as columns×resamples
+    "How far resampled means lie from the mean, each in its own standard errors."
+    n, d = len(x), draws(len(x), resamples)
+    mean, se = x.mean(0), x.std(0, ddof=1) / np.sqrt(n)
+    z = ((x - mean) / np.where(se > 0, se, 1.)).T
+    total = z @ d.counts.T + jitter * d.total
+    squares = z**2 @ d.counts.T + 2 * jitter * (z @ d.jitter.T) + jitter**2 * d.squares
+    spread = (squares - total**2 / n) / (n - 1)
+    return mean, se, total / np.sqrt(n * np.maximum(spread, 1e-12))
+
 def bootstrap_t(
     x:np.ndarray, # photographs×columns, no NaN, at least two photographs
     level:float=LEVEL, # coverage promised
@@ -137,13 +152,7 @@ def bootstrap_t(
     resamples:int=RESAMPLES, # draws
 ) -> tuple[np.ndarray, np.ndarray]: # lower and upper end per column
     "Smoothed studentised bootstrap over photographs."
-    n, d = len(x), draws(len(x), resamples)
-    mean, se = x.mean(0), x.std(0, ddof=1) / np.sqrt(n)
-    z = ((x - mean) / np.where(se > 0, se, 1.)).T
-    total = z @ d.counts.T + jitter * d.total
-    squares = z**2 @ d.counts.T + 2 * jitter * (z @ d.jitter.T) + jitter**2 * d.squares
-    spread = (squares - total**2 / n) / (n - 1)
-    t = total / np.sqrt(n * np.maximum(spread, 1e-12))
+    mean, se, t = resampled_t(x, jitter, resamples)
     low, high = (round((resamples - 1) * q) for q in ((1 - level) / 2, (1 + level) / 2))
     t.partition([low, high], axis=1)
     return mean - t[:, high] * se, mean - t[:, low] * se
@@ -189,18 +198,25 @@ def intervals(
 # %% ../../nbs/tables/00_statistics.ipynb #20c2c6f6
 FEWEST_TRAININGS = 3
 
-def crossed(
+def crossed_error(
     x:np.ndarray, # photographs×trainings×columns, no NaN, at least two of each
-    level:float=LEVEL, # coverage promised
-) -> tuple[np.ndarray, np.ndarray]: # lower and upper end per column
-    "Interval for a mean over photographs and trainings."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # mean, standard error and degrees of freedom per column
+    "A mean over photographs and trainings, and how well it is known."
     n, k = x.shape[:2]
     mean, photo, training = x.mean((0, 1)), x.mean(1), x.mean(0)
     a, b = k * ((photo - mean)**2).sum(0) / (n - 1), n * ((training - mean)**2).sum(0) / (k - 1)
     e = ((x - photo[:, None] - training + mean)**2).sum((0, 1)) / ((n - 1) * (k - 1))
     square, moves = a + np.maximum(b - e, 0), np.where(b > e, b**2 / (k - 1) + e**2 / ((n - 1) * (k - 1)), 0)
     with np.errstate(invalid='ignore'): freedom = np.where(square > 0, square**2 / (a**2 / (n - 1) + moves), 1)
-    half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(square / (n * k))
+    return mean, np.sqrt(square / (n * k)), freedom
+
+def crossed(
+    x:np.ndarray, # photographs×trainings×columns, no NaN, at least two of each
+    level:float=LEVEL, # coverage promised
+) -> tuple[np.ndarray, np.ndarray]: # lower and upper end per column
+    "Interval for a mean over photographs and trainings."
+    mean, error, freedom = crossed_error(x)
+    half = stats.t.ppf((1 + level) / 2, freedom) * error
     return mean - half, mean + half
 
 # %% ../../nbs/tables/00_statistics.ipynb #3918780c
@@ -225,6 +241,50 @@ def wins(
     "Which images the method wins."
     return np.where(np.isfinite(difference), (np.sign(difference) + 1) / 2, np.nan)
 
+# %% ../../nbs/tables/00_statistics.ipynb #51047c88
+def p_value(
+    x:np.ndarray, # photographs, or photographs×trainings; no NaN
+    margin:float=0., # what the mean is compared with
+) -> float: # two-sided; 1 for a single photograph or training
+    "How easily chance alone puts a mean so far from the margin."
+    if min(x.shape) < 2: return 1.
+    n = len(x)
+    if x.ndim == 1 and FEWEST <= n <= MANY:
+        (mean,), (error,), (t,) = resampled_t(x[:, None])
+        if not error: return float(mean == margin)
+        far = (mean - margin) / error
+        return min(1., 2 * (min((t >= far).sum(), (t <= far).sum()) + 1) / (len(t) + 1))
+    mean, error, freedom = (x.mean(), x.std(ddof=1) / np.sqrt(n), n - 1) if x.ndim == 1 else (v[0] for v in crossed_error(x[..., None]))
+    return float(2 * stats.t.sf(abs(mean - margin) / error, freedom)) if error else float(mean == margin)
+
+def holm(
+    p:np.ndarray, # one per claim, NaN where nothing was run
+) -> np.ndarray: # corrected for their number
+    "Holm's correction."
+    p = np.asarray(p, float)
+    there = np.flatnonzero(np.isfinite(p))
+    order, out = there[np.argsort(p[there], kind='stable')], p.copy()
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order)))))
+    return out
+
+# %% ../../nbs/tables/00_statistics.ipynb #d33bdffb
+def photographs_needed(
+    spread:float, # standard deviation between photographs
+    difference:float, # that is to be told from zero
+    power:float=.8, # share of tables that would tell it
+    level:float=LEVEL,
+    most:int=10**6,
+) -> int: # at least FEWEST; `most` when it would take more
+    "Photographs with which a difference of this size would be told."
+    def told(n): return 1 - stats.nct.cdf(stats.t.ppf((1 + level) / 2, n - 1), n - 1, abs(difference) / spread * np.sqrt(n))
+    if spread == 0 and difference: return FEWEST
+    if not difference or told(most) < power: return most
+    low, high = FEWEST - 1, most
+    while high - low > 1:
+        n = (low + high) // 2
+        low, high = (low, n) if told(n) >= power else (n, high)
+    return high
+
 # %% ../../nbs/tables/00_statistics.ipynb #590c5676
 def verdict(
     low:float, # lower end of the interval of the difference, positive = the claimed winner wins
@@ -232,10 +292,11 @@ def verdict(
     n:int, # photographs behind it, 0 when a side was not run
     margin:float=0., # what the difference must exceed
     trainings:int=FEWEST_TRAININGS, # behind it, where every seed is a training
+    p:float=0., # of the difference, corrected for the number of claims
 ) -> str: # 'reproduced', 'not reproduced', 'too close to tell' or 'not run'
     "The one rule that turns an interval into a verdict."
     if n == 0: return 'not run'
-    enough = n >= FEWEST and trainings >= FEWEST_TRAININGS
+    enough = n >= FEWEST and trainings >= FEWEST_TRAININGS and p < 1 - LEVEL
     if enough and low > margin: return 'reproduced'
     if enough and high < margin: return 'not reproduced'
     return 'too close to tell'

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['METRICS', 'QUALITY', 'BY', 'BASELINE', 'AVERAGE', 'METHODS', 'PUBLISHED', 'CLAIM', 'OVER', 'AVERAGE_NOTE',
            'GAIN_NOTE', 'DEGRADATION_NOTE', 'CLAIMS_NOTE', 'SIGNS', 'Metric', 'is_baseline', 'heading', 'check_columns',
-           'check_values', 'check_unique', 'check_rows', 'Grid', 'arrange', 'spread', 'Scope', 'scope', 'estimate',
-           'gains', 'marks', 'presence', 'cell_block', 'headline_steps', 'headline', 'headline_marks', 'sampling_table',
-           'published', 'published_cells', 'check_claim', 'select', 'coverage_gap', 'judge', 'judge_pairs',
-           'published_difference', 'claim_table', 'number', 'interval_text', 'published_text', 'cell_text', 'markdown',
-           'fold', 'images_text', 'average_line', 'average_markdown', 'degradation_markdown', 'claims_markdown', 'page',
-           'write_file', 'csv_text', 'check_name', 'planned_lines', 'Results', 'results', 'table_texts', 'write_tables']
+           'check_values', 'check_unique', 'check_rows', 'Grid', 'arrange', 'spread', 'Scope', 'scope', 'photo_numbers',
+           'estimate', 'gains', 'marks', 'presence', 'cell_block', 'headline_steps', 'headline', 'headline_marks',
+           'sampling_table', 'published', 'published_cells', 'check_claim', 'select', 'coverage_gap', 'judge',
+           'judge_pairs', 'published_difference', 'claim_table', 'number', 'interval_text', 'published_text',
+           'cell_text', 'markdown', 'fold', 'images_text', 'average_line', 'average_markdown', 'degradation_markdown',
+           'claims_markdown', 'page', 'write_file', 'csv_text', 'check_name', 'planned_lines', 'Results', 'results',
+           'table_texts', 'write_tables']
 
 # %% ../../nbs/tables/01_tables.ipynb #51405208
 import os
@@ -22,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .statistics import (FEWEST, FEWEST_TRAININGS, LEVEL, by_photo, crossed_intervals, intervals, macro_mean,
-                                            paired_differences, photo_values, verdict, wins)
+from .statistics import (FEWEST, FEWEST_TRAININGS, LEVEL, by_photo, crossed_intervals, holm, intervals, macro_mean,
+                                            p_value, paired_differences, photo_values, photographs_needed, verdict, wins)
 
 # %% ../../nbs/tables/01_tables.ipynb #9890949b
 class Metric(NamedTuple):
@@ -199,17 +200,22 @@ def scope(
                  None if grid.training is None else grid.training[images])
 
 # %% ../../nbs/tables/01_tables.ipynb #47c3c3f1
+def photo_numbers(
+    x:np.ndarray, # images of the scope × groups
+    s:Scope, # from `scope`
+) -> np.ndarray: # photographs×groups; photographs×trainings×groups where every seed is a training
+    "What the uncertainty of a cell is made of."
+    means = lambda x: photo_values(by_photo(x, s.photo, s.degradation, s.shape))
+    if s.training is None: return means(x)
+    return np.stack([means(np.where((s.training == k)[:, None], x, np.nan)) for k in range(s.training.max(initial=0) + 1)], 1)
+
 def estimate(
     x:np.ndarray, # images of the scope × groups
     s:Scope, # from `scope`
 ) -> tuple: # mean, low, high, photographs; one entry per group
     "Mean over photographs, and over trainings where every seed is one, with its interval."
-    means = lambda x: by_photo(x, s.photo, s.degradation, s.shape)
-    cells = means(x)
-    if s.training is None: found = intervals(photo_values(cells))
-    else:
-        one = lambda k: photo_values(means(np.where((s.training == k)[:, None], x, np.nan)))
-        found = crossed_intervals(np.stack([one(k) for k in range(s.training.max(initial=0) + 1)], 1))
+    cells, values = by_photo(x, s.photo, s.degradation, s.shape), photo_numbers(x, s)
+    found = intervals(values) if values.ndim == 2 else crossed_intervals(values)
     return macro_mean(cells), found.low, found.high, np.isfinite(cells).any(1).sum(0)
 
 # %% ../../nbs/tables/01_tables.ipynb #5e389769
@@ -449,8 +455,8 @@ def judge(
     claim:dict, # from `check_claim`
     rows:pd.DataFrame, # from `check_rows`
     trainings:bool=False, # every seed is a training of its own
-) -> dict: # difference, interval, counts, verdict, note
-    "Our difference for one claim, with its interval and verdict."
+) -> dict: # difference, interval, p, counts, note
+    "Our difference for one claim, with its interval."
     name, metric = f"claim '{claim['name']}'", claim['metric']
     sides = [select(rows, claim[k], f'{name}: {k}') for k in ('better', 'than')]
     about = [claim[k].get('degradation') for k in ('better', 'than')]
@@ -461,8 +467,9 @@ def judge(
     if not note and not len(pairs):
         note = f'{metric} is not available' if any(s[metric].isna().all() for s in sides) else 'no image in common'
     if not note: return judge_pairs(pairs, claim['margin'], max(map(len, sides)), trainings)
-    nothing = dict.fromkeys(('difference', 'low', 'high', 'improves'), np.nan) | dict.fromkeys(('n_photos', 'n_seeds', 'n_images'), 0)
-    return {**nothing, 'interval': 'not available', 'verdict': verdict(np.nan, np.nan, 0), 'note': note}
+    nothing, none = (dict.fromkeys(names.split(), v) for names, v in (('difference low high p needed improves', np.nan),
+                                                                       ('n_photos n_seeds n_images', 0)))
+    return {**nothing, **none, 'interval': 'not available', 'note': note}
 
 # %% ../../nbs/tables/01_tables.ipynb #1bb865c7
 def judge_pairs(
@@ -470,20 +477,23 @@ def judge_pairs(
     margin:float, # what the difference must exceed
     images:int, # images of the larger side
     trainings:bool=False, # every seed is a training of its own
-) -> dict: # difference, interval, counts, verdict, note
-    "Statistics and verdict of paired differences."
+) -> dict: # difference, interval, p, counts, note
+    "Statistics of paired differences."
     photo, names = pd.factorize(pairs.photo, sort=True)
     degradation, words = pd.factorize(pairs.degradation, sort=True)
     s = Scope(photo, degradation, (len(names), len(words)), np.arange(len(pairs)),
               pd.factorize(pairs.seed)[0] if trainings else None)
-    mean, low, high, n = (v[0] for v in estimate(pairs[['difference']].to_numpy(), s))
+    x = pairs[['difference']].to_numpy()
+    mean, low, high, n = (v[0] for v in estimate(x, s))
+    values = photo_numbers(x, s)[..., 0]
+    values = values[np.isfinite(values).reshape(len(values), -1).any(1)]
+    p, needed = p_value(values, margin) if np.isfinite(low) else np.nan, np.nan
+    if np.isfinite(low) and not trainings: needed = photographs_needed(values.std(ddof=1), mean - margin)
     improves = macro_mean(by_photo(wins(pairs[['difference']].to_numpy()), *s[:3]))[0]
     seeds = int(pairs.groupby(['photo', 'degradation']).size().max())
-    counted = seeds if trainings else FEWEST_TRAININGS
-    trust = 'not available' if not np.isfinite(low) else 'cannot be trusted' if n < FEWEST or counted < FEWEST_TRAININGS else 'ok'
-    return dict(difference=mean, low=low, high=high, improves=improves, n_photos=int(n),
-                n_seeds=seeds, n_images=len(pairs), interval=trust,
-                verdict=verdict(low, high, int(n), margin, counted),
+    few = n < FEWEST or trainings and seeds < FEWEST_TRAININGS
+    return dict(difference=mean, low=low, high=high, p=p, needed=needed, improves=improves, n_photos=int(n), n_seeds=seeds,
+                n_images=len(pairs), interval='not available' if not np.isfinite(low) else 'cannot be trusted' if few else 'ok',
                 note='' if len(pairs) == images else f'pairs {len(pairs)} of {images} images')
 
 # %% ../../nbs/tables/01_tables.ipynb #b33bad1f
@@ -528,8 +538,12 @@ def claim_table(
               'than': words(c['than']), 'margin': float(c['margin']), **published_difference(c, papers),
               **judge(c, rows, trainings)} for c in claims]
     columns = ['claim', 'paper', 'source', 'metric', 'better', 'than', 'margin', 'published', 'published_status', 'difference', 'low',
-               'high', 'improves', 'n_photos', 'n_seeds', 'n_images', 'interval', 'verdict', 'note']
-    return pd.DataFrame(lines, columns=columns)
+               'high', 'p', 'needed', 'improves', 'n_photos', 'n_seeds', 'n_images', 'interval', 'verdict', 'note']
+    table = pd.DataFrame(lines, columns=columns)
+    table['p'] = holm(table.p)
+    counted = table.n_seeds if trainings else [FEWEST_TRAININGS] * len(table)
+    table['verdict'] = [verdict(c.low, c.high, c.n_photos, c.margin, k, c.p) for c, k in zip(table.itertuples(), counted)]
+    return table
 
 # %% ../../nbs/tables/01_tables.ipynb #9ab08e79
 def number(
@@ -686,8 +700,11 @@ def claims_markdown(
                       'published difference': told, 'our difference': ours, 'must exceed': number(c.margin, m.digits, True),
                       'photos': c.n_photos or '–', 'images': pairs[1] if pairs else c.n_images or '–',
                       'better on': f'{c.improves:.0%}' if np.isfinite(c.improves) else '–',
+                      'p': ('<0.001' if c.p < .001 else f'{c.p:.3f}') if np.isfinite(c.p) else '–',
+                      'would take': f'{c.needed:,.0f} photos' if c.verdict == 'too close to tell' and c.needed > c.n_photos else '–',
                       'verdict': c.verdict + (f' ({c.note})' if c.note and not pairs else '')})
     frame, said = fold(pd.DataFrame(lines), ['published difference', 'photos', 'images'])
+    if (frame['would take'] == '–').all(): frame = frame.drop(columns='would take')
     return f'{markdown(frame)}\n\n{said}'.strip()
 
 # %% ../../nbs/tables/01_tables.ipynb #a1c0de0f
@@ -699,7 +716,8 @@ AVERAGE_NOTE = ('In brackets: {level:.0%} interval over {over}. '
 GAIN_NOTE = 'Paired on the same images; positive is better for every metric. "Better on" is the share of images that got better.'
 DEGRADATION_NOTE = '**Bold**: the best in its line of this table, or not to be told from it.'
 CLAIMS_NOTE = ('Rule: `reproduced` if the whole interval of the paired difference lies above what it must exceed, `not reproduced` if '
-               'below, `too close to tell` otherwise or with fewer than {few}, `not run` if a side lacks results. '
+               'below, either with p < 0.05 after correction for the number of claims (Holm); `too close to tell` otherwise or with '
+               'fewer than {few}, `not run` if a side lacks results. '
                'Positive: the claimed winner wins.')
 SIGNS = {'‡': '‡: with fewer than {few} the interval cannot be trusted.',
          'not run': '`not run`: no results, or not for every degradation.',
