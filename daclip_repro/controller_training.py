@@ -38,6 +38,7 @@ class ControllerConfig(LoopConfig):
     "How a controller is trained."
     model: str = 'ViT-B-32' # CLIP: a model of open_clip, or a name in `CLIP_CONFIGS`
     pretrained: str = 'laion2b_s34b_b79k' # open_clip's tag of its weights; or a DA-CLIP, packaged or a file, whose CLIP is taken
+    start: str = '' # DA-CLIP whose controller is gone on with, packaged or a file; '' for a new one
     content: str = 'caption' # what the content embedding is contrasted with: the 'caption', or CLIP's embedding of the clean 'image'
     positives: bool = False # samples that share a degradation word are positives of each other, not negatives
     micro: int = 0 # images that go through the towers at a time; 0: the whole batch
@@ -47,12 +48,14 @@ class ControllerConfig(LoopConfig):
         if self.micro < 0: return f"micro is {self.micro}: expected 0 or more"
 
 CONTROLLER_CONFIGS = {
-    'daclip-miniature': ControllerConfig(model='clip-miniature', pretrained='daclip-miniature', content='image', steps=4800,
+    'daclip-miniature-new': ControllerConfig(model='clip-miniature', pretrained='daclip-miniature', content='image', steps=4800,
         restarts=(3000,), batch=80, patch=64, zoom=4., severity=(.7, 1.3), lr=1e-3, warmup=50, weight_decay=.05,
         betas=(.9, .98), ema=.99, ema_every=1),
     # 50 epochs of the 52,801 training pairs of the ten data sets (methods of the paper, section 4.1), four GPUs with 784 each
     'daclip-paper': ControllerConfig(steps=842, batch=3136, patch=256, lr=3e-5, lr_min=0., warmup=100, weight_decay=.05, betas=(.9, .98),
         ema=0., micro=196, precision='bfloat16')}
+CONTROLLER_CONFIGS['daclip-miniature'] = replace(
+    CONTROLLER_CONFIGS['daclip-miniature-new'], start='daclip-miniature', steps=1500, restarts=(), zoom=8., lr=5e-4)
 
 # %% ../nbs/06d_controller_training.ipynb #e6406b58
 class Batch(NamedTuple):
@@ -101,9 +104,9 @@ def square(
     config:LoopConfig,
     rng:torch.Generator,
 ) -> Tensor: # C×patch×patch in [0,1]
-    "A random upright square, cut up to `zoom` times larger than `patch` and shrunk."
-    largest = min(*image.shape[1:], round(config.patch * config.zoom))
-    side = int(torch.randint(min(config.patch, largest), largest + 1, (), generator=rng))
+    "A random upright square, cut up to `zoom` times larger than `patch`, at most as large as there is, and shrunk."
+    short, largest = min(image.shape[1:]), round(config.patch * config.zoom)
+    side = min(int(torch.randint(min(config.patch, largest), largest + 1, (), generator=rng)), short)
     crop = random_crop(image, side, rng).float() / 255
     crop = crop.flip(2) if torch.rand((), generator=rng) < .5 else crop
     if side == config.patch: return crop
@@ -245,7 +248,13 @@ class ControllerTrainer(Trainer):
     def make_model(self):
         torch.manual_seed(self.config.seed)
         self.texts = {}
-        return DACLIP(load_clip(self.config.model, self.config.pretrained), self.config.degradations)
+        model = DACLIP(load_clip(self.config.model, self.config.pretrained), self.config.degradations)
+        if self.config.start:
+            own = dict(load_daclip(self.config.start, config=self.config.model).named_parameters())
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if p.requires_grad: p.copy_(own[name])
+        return model
 
     def parameter_groups(self): # as open_clip: no weight decay for scales, biases and norms
         groups = ([], [])
@@ -400,15 +409,18 @@ def daclip_card(
     units = dict(accuracy='held-out degradations recognised', closer='closer to the clean photograph than CLIP (cosine)',
                  seconds='seconds of training', loss='training loss')
     rows = {units.get(k, k): v for k, v in facts.items()}
-    said = '\n'.join(f"| {k} | {', '.join(f'{a} {b}' for a, b in v.items() if a != 'degradations') if isinstance(v, dict) else v} |"
-                     for k, v in rows.items())
+    def words(v):
+        if isinstance(v, dict): return ', '.join(f'{a} {b}' for a, b in v.items() if a != 'degradations')
+        return f'{v:.6g}' if isinstance(v, float) else v
+    said = '\n'.join(f"| {k} | {words(v)} |" for k, v in rows.items())
     return f"""# {name}
 
 A CLIP ({config.model}) and DA-CLIP's controller for it (arXiv 2310.01018): it looks at a degraded photograph, tells one of
 {', '.join(config.degradations)},
-and steers CLIP's image embedding towards that of the clean photograph. Photographs are degraded by `daclip_repro.degradations` when it
-is trained; pairs come as they are. What it was trained on, and under which terms, stands in the table: they limit what it may be used
-for. It is no replacement for the authors' weights, and knows as much about the world as its CLIP does.
+and steers CLIP's image embedding towards that of the clean photograph. It always tells one of these words, also of a photograph that
+nothing is wrong with. Trained on photographs, these are degraded by `daclip_repro.degradations`; pairs are taken as they are. What it was
+trained on, and under which terms, stands in the table: they limit what it may be used for. It is no
+replacement for the authors' weights, and knows as much about the world as its CLIP does.
 
 Load it with `daclip_repro.controller.load_daclip`, by name if it is packaged, else by path. Made by `daclip train`; the settings below
 train one like it.
@@ -433,7 +445,9 @@ def train_controller(
     if isinstance(photos, (str, Path)):
         source = pair_files(photos, 'train', titles)
         config, found = replace(config, degradations=source.degradations), f"{len(source)} pairs"
-        if (Path(photos) / 'val').is_dir(): watch = (controller_validator(pair_files(photos, 'val'), config, every),)
+        if (Path(photos) / 'val').is_dir():
+            held_out = pair_files(photos, 'val')
+            found, watch = f"{found}, {len(held_out)} held out", (controller_validator(held_out, config, every),)
     else:
         train, held_out = split_photos(photos)
         captions = [p.caption for p in train]
@@ -449,7 +463,7 @@ def train_controller(
     path = Path(out) / f'{name}.safetensors'
     if trainer.rank: return path # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    measured = {k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'accuracy', 'closer')} if log else {}
+    measured = {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'accuracy', 'closer')}
     facts = {'trained on': found, 'what they are': about, 'settings': json.loads(plain(config))} | measured | clip_facts(config.pretrained)
     with atomic(path.with_suffix('.md')) as tmp: tmp.write_text(daclip_card(name, config, facts))
     return save_daclip(trainer.average.module if config.ema else trainer.model, path, config.model, **facts)

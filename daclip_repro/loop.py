@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LoopConfig', 'make_config', 'load_config', 'to_bytes', 'Pairs', 'draw_pair', 'step_rng', 'deal_words',
-           'learning_rate', 'plain', 'processes', 'Trainer', 'LiveCurve']
+           'learning_rate', 'plain', 'processes', 'moving_average', 'Trainer', 'LiveCurve']
 
 # %% ../nbs/06b_loop.ipynb #66f7aa5f
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -185,6 +187,14 @@ def processes() -> tuple[int, int]: # number of this process, number of all
     "Which of the processes of a training this is; set by `torchrun` and `accelerate launch`."
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
+def moving_average(
+    decay:float, # from 0 (the latest weights) to below 1
+) -> Callable: # for `AveragedModel`
+    "Exponential average that begins as a plain mean of recent steps: a short training is not averaged with its own beginnings."
+    def update(average, latest, n):
+        return get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(average, latest, n)
+    return update
+
 class Trainer:
     "A training in a folder: start, interrupt anywhere, start again, same weights. A kind of training defines `make_model` and `gradients`."
     def __init__(self,
@@ -199,7 +209,7 @@ class Trainer:
         if config.precision != 'float32' and self.device == 'cpu':
             raise ValueError(f"precision {config.precision} needs a GPU: expected float32 on the CPU, where it is slower and less exact")
         self.model = self.make_model().to(self.device)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
         self.optimiser = torch.optim.AdamW(self.parameter_groups(), lr=config.lr, betas=config.betas)
         self.step, self.log = 0, []
         if self.checkpoint.exists(): self.resume()
@@ -302,7 +312,8 @@ def fit(self:Trainer,
     "Train with progress and the time left; Ctrl-C or an exception writes a checkpoint, a killed process loses at most `save_every` steps."
     if not len(source): raise ValueError("no photographs to train on: expected at least one")
     started, before, recent = time.perf_counter(), self.log[-1]['seconds'] if self.log else 0., []
-    bar = tqdm(total=self.config.steps, initial=self.step, desc='training', mininterval=2, disable=not progress or self.rank > 0)
+    bar = tqdm(total=self.config.steps, initial=self.step, desc='training', disable=not progress or self.rank > 0,
+               mininterval=2 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30) # a log file is not flooded
     try:
         while self.step < min(until or self.config.steps, self.config.steps):
             recent.append(self.train_step(source))

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -283,8 +283,13 @@ def daclip_file(
     if found := next((p for p in places if p.is_file()), None): return found
     raise FileNotFoundError(f"DA-CLIP {name!r} is neither a file nor packaged (these are: {', '.join(packaged_daclips()) or 'none'})")
 
-def _print(path:Path) -> str: # SHA-256
-    with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
+def _print(path:Path) -> str: # SHA-256 of the tensors; what a safetensors file says about itself is left out
+    with open(path, 'rb') as f:
+        if path.suffix != '.safetensors': return file_digest(f, 'sha256').hexdigest()
+        layout = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+        digest = sha256(json.dumps({k: v for k, v in layout.items() if k != '__metadata__'}, sort_keys=True).encode())
+        while part := f.read(1 << 20): digest.update(part)
+    return digest.hexdigest()
 
 def save_weights(
     restorer:Denoiser|Regressor,
@@ -312,14 +317,15 @@ def model_card(name:str, config:TrainConfig, facts:dict) -> str: # Markdown
     left_out = ('degradations', *(['daclip'] if config.condition in ('none', 'word') else []))
     settings = {k: v for k, v in asdict(config).items() if k not in left_out}
     units = dict(gain='gain over the input (dB)', seconds='seconds of training', loss='training loss')
-    rows = '\n'.join(f'| {units.get(k, k)} | {v} |' for k, v in (facts | settings).items())
+    def said(v): return f'{v:.6g}' if isinstance(v, float) else v
+    rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | settings).items())
     kind = 'A conditional U-Net for IR-SDE (arXiv 2301.11699)' if config.method == 'irsde' else f'A network of the kind {config.method}'
     return f"""# {name}
 
 {kind} that restores photographs with one of these degradations, {TOLD[config.condition]}:
 {', '.join(config.degradations)}.
-Photographs are degraded by `daclip_repro.degradations` when it is trained; pairs come as they are. What it was trained on, and under
-which terms, stands in the table: they limit what it may be used for. Its numbers are its own and no paper's.
+Trained on photographs, these are degraded by `daclip_repro.degradations`, with the severity below; pairs are taken as they are. What it
+was trained on, and under which terms, stands in the table: they limit what it may be used for. Its numbers are its own and no paper's.
 
 Load it with `daclip_repro.training.load_weights`, by name if it is packaged, else by path. Made by `daclip train`; the settings below
 train one like it.
@@ -370,6 +376,7 @@ def train_command(
     about:str='not stated', # what the photographs are and the terms they come under, for the card
 ) -> Path: # the weights
     "Train a restorer on photographs or pairs, resumably, and write weights, card and log."
+    if config.condition not in ('none', 'word'): daclip_file(config.daclip) # said before anything is read
     if isinstance(photos, (str, Path)):
         train, held_out = Pairs(photos, 'train'), Pairs(photos, 'val')
         if set(train.degradations) != set(held_out.degradations): raise ValueError(f"{photos}: train and val differ in their degradations")
@@ -384,6 +391,6 @@ def train_command(
     if trainer.rank: return Path(out) / f'{name}.safetensors' # the first of several processes writes it
     import pandas as pd # takes a second
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    measured = {k: v for k, v in log[-1].items() if k in ('seconds', 'loss', 'gain')} if log else {}
+    measured = {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'gain')}
     facts = {'trained on': found, 'what they are': about} | measured
     return save_weights(trainer.average.module, config, Path(out) / f'{name}.safetensors', **facts)

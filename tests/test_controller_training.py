@@ -45,8 +45,8 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def config(clip):
-    return replace(CONTROLLER_CONFIGS['daclip-miniature'], model='tiny', pretrained=clip, content='caption', batch=12, patch=24, zoom=1.5,
-                   steps=4, warmup=1, lr=1e-2)
+    return replace(CONTROLLER_CONFIGS['daclip-miniature-new'], model='tiny', pretrained=clip, content='caption', batch=12, patch=24,
+                   zoom=1.5, steps=4, warmup=1, lr=1e-2)
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +90,7 @@ SCRIPT = """
 import json, torch
 from daclip_repro.controller_training import *
 from daclip_repro.loop import make_config
-config = make_config(json.load(open('config.json')), CONTROLLER_CONFIGS['daclip-miniature'])
+config = make_config(json.load(open('config.json')), CONTROLLER_CONFIGS['daclip-miniature-new'])
 trainer = ControllerTrainer(config, 'out', 'cpu')
 trainer.model.visual_control.load_state_dict(torch.load('controller.pt'))
 loss = trainer.gradients(Photographs(torch.load('images.pt'), [f'thing number {i}' for i in range(5)]))
@@ -312,11 +312,11 @@ def test_bad_settings_are_named(changes, named):
 def test_two_degradations_of_ones_own(config, folder, tmp_path, capsys):
     titles = generate_captions(folder, Counting(), tmp_path/'t.csv')
     path = train_controller(folder, tmp_path/'out', replace(config, steps=50, batch=6, ema=.5), 'own', titles, 'cpu', about='noise')
-    assert '6 pairs, on cpu, from step 0 of 50' in capsys.readouterr().out
+    assert '6 pairs, 6 held out, on cpu, from step 0 of 50' in capsys.readouterr().out
     log = list(csv.DictReader(open(tmp_path/'out'/'log.csv')))
     assert float(log[-1]['accuracy']) == 1 and log[-1]['step'] == '50'
     lq = torch.stack([1 - picture(20), picture(21) * torch.tensor([1., .4, .3]).view(3, 1, 1)])
-    assert load_daclip(path).classify(lq, ('negative', 'red-cast')).argmax(1).tolist() == [0, 1]
+    assert load_daclip(path).words == ('negative', 'red-cast') and load_daclip(path).classify(lq).argmax(1).tolist() == [0, 1]
 
 
 def test_photographs_train_a_daclip_and_an_interrupted_run_goes_on(config, tmp_path, capsys):
@@ -340,3 +340,18 @@ def test_the_validator_asks_every_word(config, tmp_path):
 
 def test_a_word_of_the_folders_alone(folder):
     assert PairFiles(pair_files(folder, 'val').files[:1]).degradations == ('negative',)
+
+
+def test_a_controller_is_gone_on_with(config, source, clip, tmp_path):
+    first = ControllerTrainer(config, tmp_path/'first', 'cpu')
+    first.fit(source, progress=False)
+    kept = save_daclip(first.model, tmp_path/'first.safetensors', 'tiny')
+    start = replace(config, start=str(kept))
+    again, new = (ControllerTrainer(c, tmp_path/n, 'cpu').model for n, c in (('again', start), ('new', config)))
+    for name, p in again.named_parameters():
+        assert torch.allclose(p, dict(first.model.named_parameters())[name].half().float(), atol=1e-3), name
+    links = [n for n, _ in new.named_parameters() if 'zero' in n]
+    assert links and any(not torch.equal(dict(again.named_parameters())[n], dict(new.named_parameters())[n]) for n in links)
+    other = save_daclip(DACLIP(make_clip(TINY | {'embed_dim': 16})), tmp_path/'other.safetensors', TINY | {'embed_dim': 16})
+    with pytest.raises(ValueError, match='other.safetensors belongs to another CLIP'):
+        ControllerTrainer(replace(config, start=str(other)), tmp_path/'o', 'cpu')

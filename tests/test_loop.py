@@ -362,3 +362,20 @@ def test_a_kind_of_training_may_refuse_what_does_not_go_together():
         def check(self): return 'depth is odd' if self.depth % 2 else None
     assert make_config({'depth': 4}, Picky()).depth == 4
     with pytest.raises(ValueError, match='mine: depth is odd'): make_config({'depth': 3}, Picky(), 'mine')
+
+
+def test_a_short_training_does_not_hand_out_its_beginning():
+    from torch.optim.swa_utils import AveragedModel
+
+    from daclip_repro.loop import moving_average
+    layer = torch.nn.Linear(1, 1, bias=False)
+    for decay in (0., .9, .999):
+        with torch.no_grad(): layer.weight.fill_(100.)
+        average, expected = AveragedModel(layer, multi_avg_fn=moving_average(decay)), 100.
+        for n in range(1, 200):
+            with torch.no_grad(): layer.weight.fill_(1. + n / 1000)
+            average.update_parameters(layer)
+            d = 0. if n == 1 else min(decay, n / (9 + n)) # the first update copies
+            expected = d * expected + (1 - d) * (1. + n / 1000)
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-4)
+        assert average.module.weight.item() < 1.3

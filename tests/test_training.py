@@ -173,3 +173,18 @@ def test_missing_weights_name_what_is_packaged():
 @pytest.mark.parametrize('degradation', [None, 'foggy', ['noisy']])
 def test_a_network_that_is_told_must_be_told(degradation):
     with pytest.raises(ValueError): build(TOY).sample(torch.rand(2, 3, 16, 16), steps=1, degradation=degradation)
+
+
+def test_a_daclip_is_known_by_its_tensors(tmp_path):
+    "What its header says, and in which order, does not make it another one."
+    from safetensors.torch import save_file
+
+    from daclip_repro.training import _print
+    tensors = {'a': torch.arange(4.), 'b': torch.ones(2, 2)}
+    prints = set()
+    for i in range(8):
+        save_file(tensors, tmp_path/f'{i}.safetensors', {f'key {j}': str(i) for j in range(9)})
+        prints.add(_print(tmp_path/f'{i}.safetensors'))
+    save_file(tensors | {'a': torch.arange(4.).flip(0)}, tmp_path/'other.safetensors')
+    save_file({'c': tensors['a'], 'b': tensors['b']}, tmp_path/'renamed.safetensors')
+    assert len(prints) == 1 and not prints & {_print(tmp_path/'other.safetensors'), _print(tmp_path/'renamed.safetensors')}
