@@ -21,7 +21,7 @@ reproduce: setup ## run the miniature sweep, then write its table and figures to
 	@$(BIN)/daclip readme
 
 # The folders are linked into experiments/, where the sweep files look for them; each is hashed, so that a run knows its photographs.
-DACLIP_SWEEPS := daclip_classification daclip_mixed daclip_specific daclip_embeddings daclip_unified
+DACLIP_SWEEPS := daclip_classification daclip_loss daclip_specific daclip_embeddings daclip_unified
 reproduce-daclip: setup ## PHOTOS=… CBSD68=… LIVE1=…: DA-CLIP's sweeps, hours; photographs to train on, and two test sets (continues too)
 	@link() { [ -d "$$2" ] || { echo "make reproduce-daclip: $$1 must name a folder of photographs, as in $$1=~/photos" >&2; return 1; }; \
 	  ln -sfn "$$(realpath "$$2")" "experiments/$$3"; }; \
