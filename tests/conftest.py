@@ -1,12 +1,16 @@
 "A real Slurm for the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 
 import pytest
 import slurm_cluster as sc
+
+# Started in the background by a script, pytest ignores Ctrl-C, and every process that it starts does, too: tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')
