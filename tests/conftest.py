@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import slurm_cluster as sc
 
-# Started in the background by a script, pytest ignores Ctrl-C, and every process that it starts does, too: tests of Ctrl-C would wait for ever.
+# Started in the background by a script, pytest ignores Ctrl-C, and so does every process that it starts: tests of Ctrl-C would hang.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
