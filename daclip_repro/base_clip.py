@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from .controller import DACLIP, make_clip, make_tokenizer, save_daclip
+from .controller import DACLIP, clip_config, make_clip, make_tokenizer, save_daclip
 from .loop import LoopConfig, Trainer, plain, step_rng, to_bytes
 from .metrics import lite0
 from .photos import Photo, atomic, fit_square, random_crop, split_photos
@@ -112,21 +112,24 @@ class Labelled:
     def __len__(self) -> int: return len(self.images)
 
 @patch
-def gradients(self:BaseCLIPTrainer, source:Labelled) -> float:
-    config, rng, clip = self.config, step_rng(self.config, self.step), self.model['clip']
+def draw(self:BaseCLIPTrainer, source:Labelled, step:int) -> tuple: # images, tokens of their labels, the teacher's features
+    config, rng = self.config, step_rng(self.config, step)
     chosen = torch.randperm(len(source), generator=rng)[:config.batch]
     numbers = torch.randint(config.views, (len(chosen),), generator=rng) * len(source) + chosen
-    side = clip.visual.image_size[0]
+    side = clip_config(config.model)['vision_cfg']['image_size']
     x = torch.stack([view(source.images[i], n, side) for i, n in zip(chosen.tolist(), numbers.tolist())])
     mirrored = torch.rand(len(x), generator=rng) < .5
     x = normalize(torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     tokens = make_tokenizer(config.model)([config.template.format(source.labels[i]) for i in chosen])
-    features = source.features[numbers].to(self.device)
+    return x, tokens, source.features[numbers]
+
+@patch
+def gradients(self:BaseCLIPTrainer, batch:tuple) -> float:
+    (x, tokens, features), clip = (part.to(self.device) for part in batch), self.model['clip']
     with self.autocast():
-        u = F.normalize(clip.encode_image(x.to(self.device)), dim=-1)
-        v = F.normalize(clip.encode_text(tokens.to(self.device)), dim=-1)
-        loss = taught_loss(u, v, features, clip.logit_scale.exp(), config)
-        loss = loss + config.distillation * missed(self.model['head'](u), features)
+        u, v = F.normalize(clip.encode_image(x), dim=-1), F.normalize(clip.encode_text(tokens), dim=-1)
+        loss = taught_loss(u, v, features, clip.logit_scale.exp(), self.config)
+        loss = loss + self.config.distillation * missed(self.model['head'](u), features)
     loss.backward()
     return loss.item()
 

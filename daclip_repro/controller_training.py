@@ -322,11 +322,15 @@ def loss(self:ControllerTrainer,
 
 # %% ../nbs/06d_controller_training.ipynb #bf76d635
 @patch
-def gradients(self:ControllerTrainer, source:Photographs|PairFiles) -> float:
-    config, order = self.config, torch.arange(self.config.batch).view(-1, self.world).T # a row for each process
-    batch = source.draw(config, step_rng(config, self.step), order[self.rank])
+def draw(self:ControllerTrainer, source:Photographs|PairFiles, step:int) -> Batch:
+    order = torch.arange(self.config.batch).view(-1, self.world).T # a row for each process
+    batch = source.draw(self.config, step_rng(self.config, step), order[self.rank])
     captions, words = (column and [column[i] for i in order.flatten()] for column in (batch.captions, batch.words))
-    batch = batch._replace(captions=captions, words=words)
+    return batch._replace(captions=captions, words=words)
+
+@patch
+def gradients(self:ControllerTrainer, batch:Batch) -> float:
+    config = self.config
     with torch.no_grad(): self.model.logit_scale.clamp_(0, torch.tensor(100.).log()) # as open_clip
     share = len(batch.lq)
     parts = batch.lq.to(self.device).split(config.micro or share)

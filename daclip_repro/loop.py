@@ -21,6 +21,7 @@ import yaml
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .degradations import DEGRADATIONS, degrade
@@ -196,7 +197,7 @@ def moving_average(
     return update
 
 class Trainer:
-    "A training in a folder: start, interrupt anywhere, start again, same weights. A kind of training defines `make_model` and `gradients`."
+    "A training in a folder: interrupt it anywhere, start it again, same weights. Kinds of it define `make_model`, `draw` and `gradients`."
     def __init__(self,
         config:LoopConfig,
         out:str|Path, # folder of the checkpoint and the log
@@ -220,7 +221,10 @@ class Trainer:
     def make_model(self) -> nn.Module: # what is trained, its random numbers drawn from config.seed
         raise NotImplementedError
 
-    def gradients(self, source) -> float: # the loss of batch number `self.step`; the gradients of this process are left in the model
+    def draw(self, source, step:int): # this process's share of batch number `step`, on the CPU, where another process may make it ahead
+        raise NotImplementedError
+
+    def gradients(self, batch) -> float: # its loss; the gradients of this process are left in the model
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict]: # for AdamW; a kind of training may spare some from the weight decay
@@ -282,14 +286,41 @@ def average_gradients(self:Trainer):
     flat = reduce(torch.cat([g.flatten() for g in gradients]), 'mean') # one message instead of a hundred
     for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])): g.copy_(mean.view_as(g))
 
+# %% ../nbs/06b_loop.ipynb #48d58bc8
+class _Steps:
+    "The batches of a training, by step, for `DataLoader`."
+    def __init__(self, trainer:Trainer, source): self.trainer, self.source = trainer, source
+
+    def __getitem__(self, step:int):
+        try: return self.trainer.draw(self.source, step)
+        except Exception as e: return e # raised below, where it keeps its words; `DataLoader` would wrap them in a trace
+
+@patch
+def batches(self:Trainer,
+    source, # what `draw` reads
+    until:int, # the last is the one before
+    workers:int|None=None, # as in `fit`
+): # yields what `draw` gives
+    "The batches that are still to come."
+    if workers is None: workers = 0 if self.device == 'cpu' else torch.get_num_threads() - 1
+    how = dict(num_workers=workers, multiprocessing_context='fork', prefetch_factor=4) if workers else {} # forked: they share the images
+    how['generator'] = torch.Generator() # of its own: it draws a number that nobody needs
+    for batch in DataLoader(_Steps(self, source), None, sampler=range(self.step, until), collate_fn=_as_drawn, **how):
+        if isinstance(batch, Exception): raise batch
+        yield batch
+
+def _as_drawn(batch): return batch
+
 # %% ../nbs/06b_loop.ipynb #cb061c02
 @patch
-def train_step(self:Trainer, source) -> float: # loss
-    "One optimiser step on batch number `self.step`."
+def train_step(self:Trainer,
+    batch, # number `self.step`, from `draw`
+) -> float: # loss
+    "One optimiser step."
     config = self.config
     for group in self.optimiser.param_groups: group['lr'] = learning_rate(self.step, config)
     self.optimiser.zero_grad()
-    loss = self.gradients(source)
+    loss = self.gradients(batch)
     if not abs(loss) < float('inf'): raise ValueError(f"the loss is {loss} at step {self.step}: lower lr (now {config.lr}) or set clip")
     if self.world > 1: self.average_gradients()
     norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or float('inf'))
@@ -302,12 +333,13 @@ def train_step(self:Trainer, source) -> float: # loss
 # %% ../nbs/06b_loop.ipynb #24c1dc00
 @patch
 def fit(self:Trainer,
-    source, # what `gradients` reads: uint8 images, see `to_bytes`, or `Pairs`
+    source, # what `draw` reads: uint8 images, see `to_bytes`, or `Pairs`
     until:int|None=None, # stop before this step; to the end by default
     save_every:int=100, # steps between checkpoints
     log_every:int=50, # steps between lines of the log
     watch:tuple=(), # functions called with the trainer at each line of the log; a dict that one returns is added to the line
     progress:bool=True, # show a progress bar with the time left
+    workers:int|None=None, # processes that make batches ahead; None: with a GPU as many as threads but one, else none
 ) -> list[dict]: # the log
     "Train with progress and the time left; Ctrl-C or an exception writes a checkpoint, a killed process loses at most `save_every` steps."
     if not len(source): raise ValueError("no photographs to train on: expected at least one")
@@ -315,8 +347,8 @@ def fit(self:Trainer,
     bar = tqdm(total=self.config.steps, initial=self.step, desc='training', disable=not progress or self.rank > 0,
                mininterval=2 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30) # a log file is not flooded
     try:
-        while self.step < min(until or self.config.steps, self.config.steps):
-            recent.append(self.train_step(source))
+        for batch in self.batches(source, min(until or self.config.steps, self.config.steps), workers):
+            recent.append(self.train_step(batch))
             bar.update()
             if self.step % log_every == 0:
                 line = dict(step=self.step, loss=sum(recent) / len(recent), lr=learning_rate(self.step - 1, self.config),

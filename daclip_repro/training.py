@@ -241,10 +241,14 @@ class RestorerTrainer(Trainer):
     "Trains a restorer."
     def make_model(self): return build(self.config)
 
-    def gradients(self, source:list[Tensor]|Pairs) -> float:
-        *tensors, words = make_batch(source, self.config, self.step, self.model.sde.T if self.config.method == 'irsde' else 1)
-        hq, lq, t, noise = (x[self.rank::self.world].to(self.device) for x in tensors)
-        with self.autocast(): loss = self.model.loss(hq, lq, t, noise, self.model.embed(lq, words[self.rank::self.world]))
+    def draw(self, source:list[Tensor]|Pairs, step:int) -> tuple: # as from `make_batch`
+        batch = make_batch(source, self.config, step, self.model.sde.T if self.config.method == 'irsde' else 1)
+        return tuple(part[self.rank::self.world] for part in batch)
+
+    def gradients(self, batch:tuple) -> float:
+        *tensors, words = batch
+        hq, lq, t, noise = (x.to(self.device) for x in tensors)
+        with self.autocast(): loss = self.model.loss(hq, lq, t, noise, self.model.embed(lq, words))
         loss.backward()
         return loss.item()
 

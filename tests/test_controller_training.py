@@ -70,6 +70,9 @@ def move_links(trainer):
     return trainer
 
 
+def loss(trainer, source): return trainer.gradients(trainer.draw(source, trainer.step)) # and leaves the gradients
+
+
 def gradient(trainer): return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
@@ -80,10 +83,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(config, source, tmp_path
     found = []
     for micro in (0, 1, 5, 100):
         trainer = ControllerTrainer(replace(config, micro=micro, **changes), tmp_path, 'cpu')
-        found.append((move_links(trainer).gradients(source), gradient(trainer)))
-    (loss, whole), *parts = found
+        found.append((loss(move_links(trainer), source), gradient(trainer)))
+    (expected, whole), *parts = found
     assert whole.abs().max() > 1e-3
-    for other, g in parts: assert other == pytest.approx(loss, rel=1e-5) and (g - whole).abs().max() < 1e-5 * whole.abs().max()
+    for other, g in parts: assert other == pytest.approx(expected, rel=1e-5) and (g - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
 SCRIPT = """
@@ -93,7 +96,8 @@ from daclip_repro.loop import make_config
 config = make_config(json.load(open('config.json')), CONTROLLER_CONFIGS['daclip-miniature-new'])
 trainer = ControllerTrainer(config, 'out', 'cpu')
 trainer.model.visual_control.load_state_dict(torch.load('controller.pt'))
-loss = trainer.gradients(Photographs(torch.load('images.pt'), [f'thing number {i}' for i in range(5)]))
+source = Photographs(torch.load('images.pt'), [f'thing number {i}' for i in range(5)])
+loss = trainer.gradients(trainer.draw(source, 0))
 trainer.average_gradients()
 if trainer.rank == 0: torch.save((trainer.world, loss, [p.grad for p in trainer.model.parameters() if p.grad is not None]), 'found.pt')
 """
@@ -107,9 +111,9 @@ def test_two_processes_have_the_gradient_of_one(config, source, tmp_path):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'train.py']
     done = subprocess.run(torchrun, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected, (world, loss, gradients) = one.gradients(source), torch.load(tmp_path/'found.pt')
+    expected, (world, found, gradients) = loss(one, source), torch.load(tmp_path/'found.pt')
     whole, two = gradient(one), torch.cat([g.flatten() for g in gradients])
-    assert world == 2 and loss == pytest.approx(expected, rel=1e-5) and whole.abs().max() > 1e-3
+    assert world == 2 and found == pytest.approx(expected, rel=1e-5) and whole.abs().max() > 1e-3
     assert (two - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
@@ -133,7 +137,7 @@ def test_weight_decay_spares_scales_biases_and_norms(config, tmp_path):
 def test_the_scale_stays_below_a_hundred(config, source, tmp_path):
     trainer = ControllerTrainer(config, tmp_path, 'cpu')
     with torch.no_grad(): trainer.model.logit_scale.fill_(9.)
-    trainer.gradients(source)
+    loss(trainer, source)
     assert trainer.model.logit_scale.exp().item() == pytest.approx(100, rel=1e-4)
 
 
@@ -148,8 +152,8 @@ def test_the_image_target_is_clip_of_the_clean_photograph(config, source, tmp_pa
 
 def test_without_captions_there_is_the_image_target(config, source, tmp_path):
     bare = Photographs(source.images)
-    with pytest.raises(ValueError, match='no captions'): ControllerTrainer(config, tmp_path, 'cpu').gradients(bare)
-    assert ControllerTrainer(replace(config, content='image'), tmp_path, 'cpu').gradients(bare) > 0
+    with pytest.raises(ValueError, match='no captions'): loss(ControllerTrainer(config, tmp_path, 'cpu'), bare)
+    assert loss(ControllerTrainer(replace(config, content='image'), tmp_path, 'cpu'), bare) > 0
 
 
 # what a step reads

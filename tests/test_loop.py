@@ -26,18 +26,22 @@ class Toy(Trainer):
         model[0].requires_grad_(False)
         return model
 
-    def gradients(self, source):
-        rng = step_rng(self.config, self.step)
+    def draw(self, source, step):
+        rng = step_rng(self.config, step)
         hq, lq, _ = zip(*(draw_pair(source, word, self.config, rng) for word in deal_words(self.config, rng)))
-        loss = F.l1_loss(self.model(torch.stack(lq)), torch.stack(hq))
+        return torch.stack(hq), torch.stack(lq)
+
+    def gradients(self, batch):
+        hq, lq = batch
+        loss = F.l1_loss(self.model(lq), hq)
         loss.backward()
         return loss.item()
 
 
 class Slow(Toy):
-    def gradients(self, source):
+    def gradients(self, batch):
         time.sleep(.03)
-        return super().gradients(source)
+        return super().gradients(batch)
 
 
 def photos(n=3): return [(torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(i)) * 255).byte() for i in range(n)]
@@ -66,6 +70,29 @@ def test_resume_is_exact(images, tmp_path, stops):
         again.fit(images, until=stop, progress=False)
     assert again.step == CONFIG.steps
     assert_same(weights_of(straight), weights_of(again))
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_batches_that_are_made_ahead_are_the_same(images, tmp_path, workers):
+    alone, helped = Toy(CONFIG, tmp_path/'alone', 'cpu'), Toy(CONFIG, tmp_path/'helped', 'cpu')
+    torch.manual_seed(0)
+    alone.fit(images, progress=False)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    helped.fit(images, until=5, workers=workers, progress=False)
+    helped.fit(images, workers=workers, progress=False)
+    assert_same(weights_of(alone), weights_of(helped))
+    assert torch.rand(1) == expected, 'nobody else drew from the global random numbers'
+
+
+def test_a_mistake_in_a_batch_made_ahead_is_told_in_its_own_words(images, tmp_path):
+    class Odd(Toy):
+        def draw(self, source, step):
+            if step == 3: raise ValueError('photograph 7 is not readable')
+            return super().draw(source, step)
+    trainer = Odd(CONFIG, tmp_path, 'cpu')
+    with pytest.raises(ValueError, match='^photograph 7 is not readable$'): trainer.fit(images, workers=2, progress=False)
+    assert Odd(CONFIG, tmp_path, 'cpu').step == 3
 
 
 def train_alone(out, steps):
@@ -152,15 +179,15 @@ def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(images, tmp_path):
     trainer.fit(images, until=2, progress=False)
     good = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     with torch.no_grad(): trainer.model[1].bias.fill_(float('nan'))
-    with pytest.raises(ValueError, match='the loss is nan at step 2'): trainer.train_step(images)
+    with pytest.raises(ValueError, match='the loss is nan at step 2'): trainer.train_step(trainer.draw(images, 2))
     assert_same(good, Toy(CONFIG, tmp_path, 'cpu').model.state_dict())
 
 
 @pytest.mark.parametrize('clip', [0., 1.])
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(images, tmp_path, clip):
     class Odd(Toy):
-        def gradients(self, source):
-            loss = super().gradients(source)
+        def gradients(self, batch):
+            loss = super().gradients(batch)
             if self.step == 1: self.model[1].bias.grad[0] = float('inf')
             return loss
     trainer = Odd(replace(CONFIG, clip=clip), tmp_path, 'cpu')
@@ -172,7 +199,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(images, tmp_pa
 def test_clip_limits_the_step_and_zero_changes_nothing(images, tmp_path):
     def gradients(clip):
         trainer = Toy(replace(CONFIG, clip=clip), tmp_path/str(clip), 'cpu')
-        trainer.train_step(images)
+        trainer.train_step(trainer.draw(images, 0))
         return torch.cat([p.grad.flatten() for p in trainer.model[1].parameters()])
     whole, clipped = gradients(0.), gradients(1e-3)
     assert whole.norm() > .01 and clipped.norm() == pytest.approx(1e-3, rel=1e-3)
