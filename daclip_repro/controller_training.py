@@ -55,7 +55,7 @@ CONTROLLER_CONFIGS = {
     'daclip-paper': ControllerConfig(steps=842, batch=3136, patch=256, lr=3e-5, lr_min=0., warmup=100, weight_decay=.05, betas=(.9, .98),
         ema=0., micro=196, precision='bfloat16')}
 CONTROLLER_CONFIGS['daclip-miniature'] = replace(
-    CONTROLLER_CONFIGS['daclip-miniature-new'], start='daclip-miniature', steps=1500, restarts=(), zoom=8., lr=5e-4)
+    CONTROLLER_CONFIGS['daclip-miniature-new'], start='daclip-miniature', steps=3500, restarts=(), zoom=8., lr=5e-4)
 
 # %% ../nbs/06d_controller_training.ipynb #e6406b58
 class Batch(NamedTuple):
