@@ -614,8 +614,8 @@ def markdown(
     frame:pd.DataFrame, # texts
 ) -> str: # pipe table; a pipe in a text is escaped, a line break becomes a space
     "A frame of texts as a Markdown table."
-    safe = frame.map(lambda v: re.sub(r'\s+', ' ', str(v)).replace('|', '\\|'))
-    return safe.to_markdown(index=False, disable_numparse=True)
+    safe = lambda v: re.sub(r'\s+', ' ', str(v)).replace('|', '\\|')
+    return frame.map(safe).rename(columns=safe).to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/tables/01_tables.ipynb #a1c0de0a
 def fold(
