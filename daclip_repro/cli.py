@@ -310,7 +310,7 @@ def _results(sweep, profile, archive, out): # its tables
     return results(rows, sweep.claims, sweep.name, papers, beside, planned, sweep.file.trainings)
 
 def _differ(found, out): # sentences on the tables that are not these
-    from daclip_repro.tables.tables import table_texts
+    from daclip_repro.tables.formats import table_texts
     for name, text in table_texts(*found).items():
         path = out/"tables"/name
         if not path.is_file(): yield f"{path}: is missing"

@@ -1,4 +1,4 @@
-"A real Slurm for the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
+"A real Slurm for the tests, brought up for the first test that asks for it, gone with the last, whatever happens; and a real LaTeX."
 import os
 import shutil
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import latex
 import pytest
 import slurm_cluster as sc
 
@@ -39,3 +40,11 @@ def slurm(slurm_cluster, monkeypatch):
     yield slurm_cluster
     slurm_cluster.up()
     slurm_cluster.clear()
+
+
+@pytest.fixture(scope='session')
+def typeset():
+    "Compiles a LaTeX file and gives the log."
+    if packages := latex.missing():
+        (pytest.fail if os.environ.get('CI') else pytest.skip)(f"LaTeX is not installed; missing: {' '.join(packages)}")
+    return latex.typeset

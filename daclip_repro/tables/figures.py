@@ -17,8 +17,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from .formats import write_tables
 from .tables import (AVERAGE, BASELINE, METHODS, METRICS, Results, headline_steps, is_baseline, sampling_table,
-                                        write_file, write_tables)
+                                        write_file)
 
 # %% ../../nbs/tables/02_figures.ipynb #30b5dc9a
 HATCHES, MARKERS, DPI = ('', '//', '..', 'xx', '\\\\', '++'), 'osD^vP', 110
