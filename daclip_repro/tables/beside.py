@@ -40,7 +40,7 @@ def dagger_note(
     "What the dagger means, where one is used."
     return '; †: published number not verified' if (both.published_status == 'unverified').any() else ''
 
-# %% ../../nbs/tables/02c_beside_papers.ipynb #85e33b6c
+# %% ../../nbs/tables/02c_beside_papers.ipynb #21471310
 def order_panel(
     ax, # to draw on
     cells:pd.DataFrame, # lines of one panel
@@ -59,11 +59,11 @@ def order_panel(
                     label=c['method'])
     if not m.higher: ax.invert_xaxis()
     dagger = '†' if (cells.published_status == 'unverified').any() else ''
-    ax.set_title(f'{cells.degradation.iloc[0]}{dagger}\n{same} of {pairs} pairs', fontsize=9)
+    ax.set_title(f'{cells.degradation.iloc[0]}{dagger}\n{same} of {pairs} pairs agree', fontsize=9)
     ax.margins(.12)
     ax.tick_params(labelsize=8)
 
-# %% ../../nbs/tables/02c_beside_papers.ipynb #2a905aa7
+# %% ../../nbs/tables/02c_beside_papers.ipynb #b6c8174e
 @styled
 def paper_vs_ours(
     table:pd.DataFrame, # from `sampling_table`, with published numbers
@@ -88,10 +88,10 @@ def paper_vs_ours(
     figure.supylabel(f'ours: {label}', fontsize=10)
     found = {m: handle for ax in axes[:len(panels)] for handle, m in zip(*ax.get_legend_handles_labels())}
     names = [m for m in looks if m in found]
-    figure.legend([found[m] for m in names], names, loc='outside right upper', fontsize=9)
+    figure.legend([found[m] for m in names], names, loc='outside right center', fontsize=9)
     return save(figure, path)
 
-# %% ../../nbs/tables/02c_beside_papers.ipynb #0b440d76
+# %% ../../nbs/tables/02c_beside_papers.ipynb #0a1131b0
 @styled
 def paper_dots(
     table:pd.DataFrame, # from `sampling_table`, with published numbers
@@ -115,5 +115,5 @@ def paper_dots(
     ax.set_yticks(range(len(names)), [f"{d}{'†' * (d in unsure)}" for d in names])
     ax.invert_yaxis()
     ax.set(xlabel=heading(metric), title=f'Paper and ours: other photographs, sizes and networks\n{caption(both)}{dagger_note(both)}')
-    figure.legend(loc='outside right upper')
+    figure.legend(loc='outside right center')
     return save(figure, path)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOOKS', 'read_log', 'learning_curves', 'write_curves']
 
-# %% ../../nbs/tables/02e_learning_curves.ipynb #49038b93
+# %% ../../nbs/tables/02e_learning_curves.ipynb #daf227a6
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .figures import method_look, save, styled
 
@@ -29,7 +29,7 @@ def read_log(
     if not {'step', 'loss'} <= set(log): raise ValueError(f'{path}: has the columns {", ".join(log)}; {wanted}')
     return log
 
-# %% ../../nbs/tables/02e_learning_curves.ipynb #b41cd2ec
+# %% ../../nbs/tables/02e_learning_curves.ipynb #20bf9417
 @styled
 def learning_curves(
     logs:dict, # name of the training → its log
@@ -51,8 +51,9 @@ def learning_curves(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,.0f}'))
         if c == 'loss':
             ax.set_yscale('log')
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
-            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
+            ax.yaxis.set_minor_locator(NullLocator())
         if c in ('gain', 'closer'): ax.axhline(0, color='.2', lw=1)
     figure.suptitle(f"Training of {', '.join(logs)}", fontsize=11)
     if len(logs) > 1: figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)

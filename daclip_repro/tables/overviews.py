@@ -24,7 +24,7 @@ def radar_axes(
     ends = pd.DataFrame(dict(low=wide.min(axis=1).clip(upper=0), high=wide.max(axis=1).clip(lower=0)))
     return wide.sub(ends.low, axis=0).div(ends.high - ends.low, axis=0), ends
 
-# %% ../../nbs/tables/02b_overviews.ipynb #485a6561
+# %% ../../nbs/tables/02b_overviews.ipynb #009d1b87
 @styled
 def radar(
     rows:pd.DataFrame, # one row per image, or the table made from them
@@ -43,7 +43,7 @@ def radar(
     closed = lambda values: np.append(values, values[:1])
     for m in [m for m in looks if m in place]:
         colour, _, marker = looks[m]
-        ax.plot(turn, closed(place[m].to_numpy()), color=colour, marker=marker, ms=6, mec='white', mew=.5, lw=1.3, label=m)
+        ax.plot(turn, closed(place[m].to_numpy()), color=colour, marker=marker, ms=6, mec='white', mew=.5, lw=1.3, label=m, clip_on=False)
     ax.plot(turn, closed((-ends.low / (ends.high - ends.low)).to_numpy()), color='.1', ls=(0, (4, 2)), lw=1.6, label='input', clip_on=False)
     for angle, e in zip(turn, ends.itertuples()):
         side = ('center', 'left', 'right')[round(np.sign(np.sin(angle).round(9)))]
@@ -52,7 +52,7 @@ def radar(
     ax.set_thetagrids(np.degrees(turn[:-1]), [''] * len(ends))
     ax.set(rlim=(0, 1.03), rorigin=-.25, yticks=[0, .25, .5, .75, 1], yticklabels=[])
     ax.set_title(f'Each axis: {gain_label(metric)}{said}, from its worst to its best\n{caption(cells)}', pad=48)
-    figure.legend(loc='outside right upper')
+    figure.legend(loc='outside right center')
     return save(figure, path)
 
 # %% ../../nbs/tables/02b_overviews.ipynb #f59ecb33
