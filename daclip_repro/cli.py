@@ -302,12 +302,15 @@ def _archive(sweep, profile, out, keep): # what tables are made of, and the runs
     if archive.scale != profile: raise ValueError(f"{out}/records/{sweep.name}.json: kept of profile {archive.scale}, not {profile}")
     return archive, runs
 
+def _rows(sweep, profile, archive): # what was kept, as tables and figures take it
+    return archive.rows.assign(experiment=sweep.name, scale=profile)
+
 def _results(sweep, profile, archive, out): # its tables
     from daclip_repro.tables.tables import published, results
     papers = published(out/"published.csv") if (out/"published.csv").exists() else None
     planned = sorted({point["degradation"] for point in sweep.points(profile) if "degradation" in point}) or None
-    rows, beside = archive.rows.assign(experiment=sweep.name, scale=profile), sweep.file.beside and sweep.file.beside.model_dump()
-    return results(rows, sweep.claims, sweep.name, papers, beside, planned, sweep.file.trainings)
+    beside = sweep.file.beside and sweep.file.beside.model_dump()
+    return results(_rows(sweep, profile, archive), sweep.claims, sweep.name, papers, beside, planned, sweep.file.trainings)
 
 def _differ(found, out): # sentences on the tables that are not these
     from daclip_repro.tables.formats import table_texts
@@ -343,8 +346,8 @@ def tables(
         found = _results(sweep, profile, archive, here)
         if check: wrong += _differ(found, here)
         else:
-            from daclip_repro.tables.figures import write_results
-            for path in write_results(found, here, _strips(runs)): typer.echo(os.path.relpath(path))
+            from daclip_repro.tables.everything import write_results
+            for path in write_results(found, here, _strips(runs), _rows(sweep, profile, archive)): typer.echo(os.path.relpath(path))
     for sentence in wrong: typer.echo(sentence, err=True)
     if wrong: raise typer.Exit(1)
 

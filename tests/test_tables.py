@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from daclip_repro.tables import everything
 from daclip_repro.tables import figures as fig
 from daclip_repro.tables import statistics as st
 from daclip_repro.tables import tables as tb
@@ -467,7 +468,7 @@ def strips(): return {w: [(t, np.full((8, 8, 3), i * 60, np.uint8)) for i, t in 
 
 def test_same_bytes_in_any_order_of_rows(rows, tmp_path):
     shuffled = rows.sample(frac=1, random_state=3)[rows.columns[::-1]]
-    made = [fig.write_results(tb.results(r, [CLAIM], 'synthetic'), tmp_path/n, strips()) for n, r in (('a', rows), ('b', shuffled))]
+    made = [everything.write_results(tb.results(r, [CLAIM], 'synthetic'), tmp_path/n, strips()) for n, r in (('a', rows), ('b', shuffled))]
     assert [p.relative_to(tmp_path/'a') for p in made[0]] == [p.relative_to(tmp_path/'b') for p in made[1]]
     for a, b in zip(*made): assert a.read_bytes() == b.read_bytes(), a.name
     names = {str(p.relative_to(tmp_path/'a')) for p in made[0]}
@@ -494,7 +495,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['../x', 'a/b', '', '.hidden', 'a b', None])
 def test_experiment_names_stay_in_their_folder(rows, name, tmp_path):
     with pytest.raises(ValueError, match='experiment'):
-        fig.write_results(tb.results(rows.assign(experiment=name or ''), [], name), tmp_path)
+        everything.write_results(tb.results(rows.assign(experiment=name or ''), [], name), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -511,7 +512,7 @@ def test_markdown_escapes():
 def test_figures_refuse_what_they_cannot_draw(rows):
     for call, why in ((lambda: fig.bars(rows, 'lpips'), 'LPIPS is not available'), (lambda: fig.bars(rows, path='x.jpg'), 'as .png'),
                       (lambda: fig.bars(rows, 'psnr', 33), 'no method was run with 33 steps'),
-                      (lambda: fig.bars(rows[rows.method != 'input']), "no method 'input'"),
+                      (lambda: fig.quality_vs_steps(rows[rows.method != 'input']), "no method 'input'"),
                       (lambda: fig.quality_vs_steps(rows.query("method == 'input' or degradation != 'noisy'")), 'nothing to draw'),
                       (lambda: fig.image_grid({}), 'got none'), (lambda: fig.image_grid({'a': []}), "'a' has no images"),
                       (lambda: fig.image_grid({'a': [('LQ', np.zeros((4, 4, 3)))]}), 'is float64 4×4×3'),
