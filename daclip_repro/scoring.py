@@ -315,6 +315,8 @@ def read_scores(
 ) -> list[Archive]: # ValueError names the file that does not fit
     "What was kept of the scores on a data set, checked."
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder}: is a file, expected a folder for scores')
+    _plain('the name of the folder of scores', folder.resolve().name)
     there, found = sorted(p.stem for p in folder.glob('*.json')), []
     for name in names or there:
         if name not in there: raise FileNotFoundError(f'{folder}/{name}.json: no such file; there is {", ".join(there) or "none"}')
@@ -348,10 +350,10 @@ def compare(
 
 # %% ../nbs/10b_score.ipynb #8532d11a
 DIFFERENCE_NOTE = (
-    'The first method minus the second on the same images, signed so that positive means that the first is better; in brackets the {level:.0%} '
-    'interval over photographs. The verdict names the better one where the whole interval lies on one side of zero, with p < 0.05 after '
-    'correction for the number of lines (Holm), `too close to tell` otherwise or with fewer than {few} photographs, and `not run` where a '
-    'side lacks images. "Better on": share of images on which the first is better.')
+    'The first method minus the second on the same images, signed so that positive means that the first is better; in brackets the '
+    '{level:.0%} interval over photographs. The verdict names the better one where the whole interval lies on one side of zero, with '
+    'p < 0.05 after correction for the number of lines (Holm), `too close to tell` otherwise or with fewer than {few} photographs, and '
+    '`not run` where a side lacks images. "Better on": share of images on which the first is better.')
 
 def _differences(judged): # Markdown
     lines = []
