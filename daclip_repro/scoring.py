@@ -66,7 +66,8 @@ def _by_word(folder): # images of a folder under the key None, or those of each 
 
 # %% ../nbs/10b_score.ipynb #85a82ca2
 def _unpartnered(gt, lq):
-    return ([f'{p}: has no partner in LQ' for s, p in gt.items() if lq and s not in lq]
+    if not gt or not lq: return [] # that is said already
+    return ([f'{p}: has no partner in LQ' for s, p in gt.items() if s not in lq]
             + [f'{p}: has no partner in GT' for s, p in lq.items() if s not in gt])
 
 def read_dataset(
@@ -79,18 +80,18 @@ def read_dataset(
     base, gt, degraded = _split(root, split), {}, {}
     words = [p for p in _listing(base) if p.is_dir() and p.name not in ('LQ', 'GT')]
     if words and lq: raise ValueError(f'{lq}: {base} has a folder for each degradation, and LQ is looked for there')
-    problems = [(p.name, f'{p}: has no folder GT') for p in words if not (p/'GT').is_dir()]
-    for p in [p for p in words if (p/'GT').is_dir()]:
-        gt[p.name], lines = _side(p/'GT', str(p/'GT'))
+    problems = []
+    for p in words:
+        gt[p.name], lines = _side(p/'GT', str(p/'GT')) if (p/'GT').is_dir() else ({}, [f'{p}: has no folder GT'])
         if (p/'LQ').is_dir(): degraded[p.name], more = _side(p/'LQ', str(p/'LQ'))
-        problems += [(p.name, line) for line in lines + (more if (p/'LQ').is_dir() else [])]
+        problems += [(p.name, line) for line in lines + (more if p.name in degraded else [])]
     if not words:
         clean = base/'GT' if (base/'GT').is_dir() else base
         gt[None], lines = _side(clean, str(clean))
         if lq or (base/'LQ').is_dir(): degraded, problems = _by_word(_existing(lq or base/'LQ', 'degraded images'))
         problems += [(None, line) for line in lines]
-    elif not gt: raise ValueError(f'{base}: no degradation in it has a folder GT')
-    problems += [(w, line) for w, some in degraded.items() for line in _unpartnered(gt.get(w, gt.get(None)), some)]
+    elif not any((p/'GT').is_dir() for p in words): raise ValueError(f'{base}: no degradation in it has a folder GT')
+    for w, some in degraded.items(): problems += [(w, line) for line in _unpartnered(gt[w if w in gt else None], some)]
     place = root.resolve()
     return Dataset((place.parent if place.name in ('GT', 'val', 'test', 'train') else place).name, gt, degraded, problems)
 
@@ -120,11 +121,11 @@ def _chosen(folder, restored, data, degradations): # the degradations to be scor
 
 # %% ../nbs/10b_score.ipynb #c97a8c5d
 def _unmatched(where, out, gt): # sentences on the names of one degradation
-    missing, extra = [s for s in gt if s not in out], [s for s in out if s not in gt]
-    place = next(iter(gt.values())).parent if gt else 'GT'
-    if out and gt and len(extra) == len(out):
-        return [f'{where}: none of its {len(out)} images has the name of one in {place}; here {min(out)}, there {min(gt)}']
-    return ([f'{where}/{s}: is missing, as {place}/{gt[s].name} has no counterpart' for s in missing if out]
+    if not gt or not out: return [] # that is said already
+    missing, extra, place = sorted(gt.keys() - out), sorted(out.keys() - gt), next(iter(gt.values())).parent
+    if len(extra) == len(out):
+        return [f'{where}: none of its {len(out)} images has the name of one in {place}; here {extra[0]}, there {missing[0]}']
+    return ([f'{where}/{s}: is missing, as {gt[s]} has no counterpart' for s in missing]
             + [f'{out[s]}: is extra, {place} has no image of this name' for s in extra])
 
 def match(
@@ -175,7 +176,7 @@ def look_at(
     "Read many images, eight at a time."
     paths = sorted(set(paths))
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(paths, tqdm(pool.map(_looked, paths), total=len(paths), delay=1, desc='reading', unit='file', leave=False)))
+        return dict(zip(paths, tqdm(pool.map(_looked, paths), total=len(paths), disable=None, desc='reading', unit='file', leave=False)))
 
 # %% ../nbs/10b_score.ipynb #ace98f19
 def _unlike(path, mine, gt): # why an image cannot be compared with its clean one; None: it can
@@ -267,7 +268,7 @@ def score_folder(
     check_kept(facts, kept, overwrite)
     if problems and not partial: return Scored(None, problems, len(entries))
     known, rows, left = photographs(data, looks), [], []
-    for e in tqdm(entries, delay=1, desc='scoring', unit='image', leave=False):
+    for e in tqdm(entries, disable=None, desc='scoring', unit='image', leave=False):
         photo, seed = known[(e.degradation if e.degradation in data.gt else None), e.image]
         try: rows += _measured(e, photo, seed, name, p, metrics) if e.out and not wrong[e] else []
         except ValueError as error: wrong[e] = [str(error)]; problems += wrong[e]
