@@ -20,7 +20,7 @@ import pandas as pd
 from jinja2 import ChoiceLoader, DictLoader, Environment
 from pandas.io.formats.style import Styler
 
-from .tables import BY, Cell, Section, check_name, csv_text, page, sections, write_file
+from .tables import BY, MADE, Cell, Section, check_name, csv_text, page, sections, write_file
 
 # %% ../../nbs/tables/01b_formats.ipynb #b571601c
 def as_cell(
@@ -132,20 +132,22 @@ STYLE = """.tables { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; mar
 def html_tables(
     found:list, # of `Section`s
     experiment:str, # name
+    made:str=MADE, # by what
 ) -> str: # a <main class="tables">, to be looked at under STYLE
     "All tables of an experiment as a fragment of a page."
-    parts = [f'<h1>{html.escape(experiment)}</h1>', '<p>Generated from run records; edit the notebooks, not this file.</p>']
+    parts = [f'<h1>{html.escape(experiment)}</h1>', f'<p>{html.escape(made)}</p>']
     return '\n'.join(['<main class="tables">', *parts, *(html_section(s, experiment) for s in found), '</main>'])
 
 def html_page(
     found:list, # of `Section`s
     experiment:str, # name
+    made:str=MADE, # by what
 ) -> str:
     "All tables of an experiment as a page that stands alone."
     return '\n'.join(['<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
                       '<meta name="viewport" content="width=device-width, initial-scale=1">',
                       '<meta name="color-scheme" content="light dark">', f'<title>{html.escape(experiment)}</title>',
-                      f'<style>\n{STYLE}\n</style>', '</head>', '<body>', html_tables(found, experiment), '</body>', '</html>', ''])
+                      f'<style>\n{STYLE}\n</style>', '</head>', '<body>', html_tables(found, experiment, made), '</body>', '</html>', ''])
 
 # %% ../../nbs/tables/01b_formats.ipynb #272bed25
 GREEK = dict(zip('αβγδεζηθικλμνξπρστφχψωΓΔΘΛΞΠΣΦΨΩ',
@@ -219,8 +221,7 @@ def latex_section(
                       r'\medskip', rf'\fittable{{{text.strip()}}}', r'\end{table}'])
 
 # %% ../../nbs/tables/01b_formats.ipynb #45b30da9
-LATEX_HEAD = r"""% Generated from run records; edit the notebooks, not this file.
-% As it is, a document. In another one, \input{...} gives the tables; that one needs \usepackage{array,booktabs,graphicx}.
+LATEX_HEAD = r"""% As it is, a document. In another one, \input{...} gives the tables; that one needs \usepackage{array,booktabs,graphicx}.
 \makeatletter
 \ifx\@nodocument\relax
   \def\lasttable{}
@@ -241,9 +242,11 @@ LATEX_HEAD = r"""% Generated from run records; edit the notebooks, not this file
 def latex_document(
     found:list, # of `Section`s
     experiment:str, # name
+    made:str=MADE, # by what
 ) -> str: # ASCII
     "All tables of an experiment for LaTeX."
-    return '\n\n'.join([LATEX_HEAD, *(latex_section(p, experiment) for s in found for p in latex_parts(s)), r'\lasttable']) + '\n'
+    tables = [latex_section(p, experiment) for s in found for p in latex_parts(s)]
+    return f'% {latex(made)}\n' + '\n\n'.join([LATEX_HEAD, *tables, r'\lasttable']) + '\n'
 
 # %% ../../nbs/tables/01b_formats.ipynb #e755e30a
 def table_texts(

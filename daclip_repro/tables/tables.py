@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'QUALITY', 'BY', 'BASELINE', 'AVERAGE', 'METHODS', 'PUBLISHED', 'CLAIM', 'PAPERS', 'SIGNS', 'OVER',
-           'AVERAGE_NOTE', 'GAIN_NOTE', 'DEGRADATION_NOTE', 'CLAIMS_NOTE', 'Metric', 'is_baseline', 'heading',
+           'AVERAGE_NOTE', 'GAIN_NOTE', 'DEGRADATION_NOTE', 'CLAIMS_NOTE', 'MADE', 'Metric', 'is_baseline', 'heading',
            'check_columns', 'check_values', 'check_unique', 'check_rows', 'Grid', 'arrange', 'spread', 'Scope', 'scope',
            'photo_numbers', 'estimate', 'gains', 'marks', 'presence', 'cell_block', 'headline_steps', 'headline',
            'headline_marks', 'sampling_table', 'published', 'published_cells', 'check_claim', 'select', 'coverage_gap',
            'judge', 'judge_pairs', 'published_difference', 'claim_table', 'number', 'Cell', 'counted', 'interval_cell',
            'published_text', 'table_cell', 'markdown', 'fold', 'images_text', 'Section', 'fewest', 'section',
            'section_markdown', 'average_line', 'average_section', 'degradation_section', 'claim_line', 'claims_section',
-           'sections', 'page', 'write_file', 'csv_text', 'check_name', 'planned_lines', 'Results', 'results']
+           'sections', 'markdown_page', 'page', 'write_file', 'csv_text', 'check_name', 'planned_lines', 'Results',
+           'results']
 
 # %% ../../nbs/tables/01_tables.ipynb #51405208
 import os
@@ -810,18 +811,27 @@ def sections(
     found += [degradation_section(table, m, by, baseline) for m in table[known].metric.unique()]
     return found + ([claims_section(judged, table)] if judged is not None and len(judged) else [])
 
+MADE = 'Generated from run records; edit the notebooks, not this file.'
+
+def markdown_page(
+    found:list, # of `Section`s
+    title:str, # of the page
+    made:str=MADE, # by what
+) -> str: # Markdown
+    "Sections as a page; signs are explained once, below the first table."
+    signs = dict.fromkeys(meaning for s in found for meaning in s.signs)
+    parts = [f'# {title}', made]
+    for i, s in enumerate(found): parts += [f'## {s.title}', section_markdown(s), ' '.join([s.note, *signs]) if i == 0 else s.note]
+    return '\n\n'.join(parts) + '\n'
+
 def page(
     table:pd.DataFrame, # from `sampling_table`
     judged=None, # from `claim_table`
     by=BY, # columns that make a line
     baseline=None, # column → value of the degraded input
 ) -> str: # Markdown
-    "The whole Markdown page of an experiment; signs are explained once, below the first table."
-    found = sections(table, judged, by, baseline)
-    signs = dict.fromkeys(meaning for s in found for meaning in s.signs)
-    parts = [f'# {table.experiment.iloc[0]}', 'Generated from run records; edit the notebooks, not this file.']
-    for i, s in enumerate(found): parts += [f'## {s.title}', section_markdown(s), ' '.join([s.note, *signs]) if i == 0 else s.note]
-    return '\n\n'.join(parts) + '\n'
+    "The whole Markdown page of an experiment."
+    return markdown_page(sections(table, judged, by, baseline), table.experiment.iloc[0])
 
 # %% ../../nbs/tables/01_tables.ipynb #787de2c1
 def write_file(
