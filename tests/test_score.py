@@ -142,6 +142,12 @@ def test_an_image_that_does_not_fit_is_named_and_nothing_is_written(harm, says, 
     assert last == 'made: not scored, nothing was written; --partial leaves out what does not fit' and 'Traceback' not in err
 
 
+def test_a_broken_gt_of_several_degradations_is_named_once(capsys):
+    shutil.copytree('data/val/noisy/GT', 'clean')
+    cut('clean/photo.png')
+    assert score(data='clean') == 1 and capsys.readouterr().err.count('clean/photo.png') == 1
+
+
 def flat(): shutil.copytree('made/noisy', 'flat')
 def clean(): shutil.copytree('data/val/noisy/GT', 'clean')
 def kept(spoil=None, rest=''):
@@ -240,9 +246,10 @@ def test_rows_say_everything(capsys):
     assert '## Gain over the degraded input' in out and '| noisy ' in out and 'protocol rgb' in out
 
 
-def test_the_same_command_again_changes_no_byte_and_overwrite_replaces(quick):
+def test_the_same_command_again_changes_no_byte_and_overwrite_replaces(quick, monkeypatch):
     assert score() == 0
     first = files('results')
+    monkeypatch.setattr(S, 'now', lambda: 'another day')
     assert score() == 0 and files('results') == first
     save_image(worse(pixels(4), .2, 5), IMAGE)
     assert score() == 2 and files('results') == first
@@ -318,18 +325,21 @@ def test_the_count_needs_no_input_and_a_missing_degradation_is_not_run(quick, ca
 def test_two_methods_in_one_table(quick, capsys):
     make('better', .05, seed=1)
     make('same', .1, seed=2)
-    for name, folder in (('m', 'made'), ('better', 'better'), ('same', 'same')): assert score(name=name, folder=folder) == 0
+    make('worse', .2, seed=3)
+    for name, folder in (('m', 'made'), ('best', 'better'), ('same', 'same'), ('a', 'worse')): assert score(name=name, folder=folder) == 0
     assert daclip('compare results/scores/data') == 0
     judged = pd.read_csv('results/scores/data/tables/data_claims.csv').query("metric == 'psnr'").set_index('claim')
-    assert judged.verdict.to_dict() == {'better against m: PSNR': 'better better', 'better against same: PSNR': 'better better',
-                                        'm against same: PSNR': 'too close to tell'}
-    mine, other = (rows(n).query('method == @n').set_index(['degradation', 'photo']).psnr for n in ('better', 'm'))
-    assert judged.difference.iloc[0] == pytest.approx((mine - other).mean(), abs=1e-9) and judged.p.iloc[0] < .05
+    assert judged.verdict.to_dict() == {
+        'a against best: PSNR': 'best better', 'a against m: PSNR': 'm better', 'a against same: PSNR': 'same better',
+        'best against m: PSNR': 'best better', 'best against same: PSNR': 'best better', 'm against same: PSNR': 'too close to tell'}
+    mine, other = (rows(n).query('method == @n').set_index(['degradation', 'photo']).psnr for n in ('best', 'm'))
+    one = judged.loc['best against m: PSNR']
+    assert one.difference == pytest.approx((mine - other).mean(), abs=1e-9) and one.p < .05
     first = files('results')
     capsys.readouterr()
-    assert daclip('compare results/scores/data m better') == 0 and files('results') == first
+    assert daclip('compare results/scores/data m best') == 0 and files('results') == first
     out = capsys.readouterr().out
-    assert 'm against better' in out and 'same' not in out.split('## Paired')[1].split('Better on')[0].split('In every line')[0]
+    assert '| m against best' in out and '| a ' not in out and '| same' not in out
 
 
 def test_photographs_are_told_apart_by_their_clean_pixels(quick):
@@ -344,6 +354,15 @@ def test_photographs_are_told_apart_by_their_clean_pixels(quick):
     assert score('--degradation noisy', 'part') == 0
     part = rows('part').query("method == 'part'").set_index('image')
     assert part.photo.to_dict() == told.photo.to_dict(), 'what else was scored must not rename a photograph'
+
+
+def test_an_image_that_equals_its_gt_where_the_protocol_looks(quick, capsys):
+    "The border that a protocol cuts off may be all that differs."
+    inner = pixels(4)
+    inner[:, :4] = 0
+    save_image(inner, IMAGE)
+    assert score() == 0 and score('--protocol rgb-crop4 --out results/scores/c', 'n') == 1
+    assert f'{IMAGE}: has no finite PSNR under protocol rgb-crop4' in capsys.readouterr().err and not Path('results/scores/c').exists()
 
 
 # ---- measured as others measure it
