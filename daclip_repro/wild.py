@@ -8,10 +8,11 @@ __all__ = ['RESIZED', 'ROUNDS', 'KERNELS', 'MODES', 'PSFS', 'WILD_WORDS', 'SMALL
            'jpeg', 'follow', 'wild']
 
 # %% ../nbs/00b_wild.ipynb #27bde715
-from functools import lru_cache
+from functools import cache
 from math import pi
 from random import Random
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +123,10 @@ def make_kernel(
     "The kernel of a blur."
     if kind == 'psf': return lens_psf(number)
     if kind == 'box': return torch.full((size, size), size**-2.)
-    if kind == 'line': return motion_kernel(torch.full((1, 1, 1, 1), size - 2.), torch.tensor(angle))[0, 0, 1:-1, 1:-1]
     y, x = _grid(size)[:, None], _grid(size)
     r = (x**2 + y**2).sqrt()
     if kind == 'defocus': k = (size / 2 - r).clamp(0, 1)
+    elif kind == 'line': k = motion_kernel(torch.full((1, 1, 1, 1), size - 2.), torch.tensor(angle))[0, 0, 1:-1, 1:-1]
     elif kind == 'sinc':
         k = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * pi * r)
         k[size // 2, size // 2] = cutoff**2 / (4 * pi) # its limit
@@ -136,7 +137,7 @@ def make_kernel(
     return k / k.sum()
 
 # %% ../nbs/00b_wild.ipynb #803ab76c
-@lru_cache(maxsize=None)
+@cache
 def lens_psf(
     number:int, # below `PSFS`
 ) -> Tensor: # size×size, 5 to 29 pixels, sums to 1
@@ -152,7 +153,7 @@ def lens_psf(
     return psf[middle, middle] / psf[middle, middle].sum()
 
 # %% ../nbs/00b_wild.ipynb #6e34d640
-@lru_cache(maxsize=None)
+@cache
 def display_psf() -> Tensor: # 3×41×41, for red, green and blue, each sums to 1
     "Diffraction by the grid of pixels before an under-display camera."
     fine = (torch.arange(41 * 5) - 102) / 5 # five samples a pixel: the copies are narrow
@@ -251,7 +252,7 @@ def follow(
     "Do to an image what a plan says."
     x = image
     for i, (_, stage, how) in enumerate(plan):
-        draws = Draws(f'wild {i}', [seed])
+        draws = Draws('', [crc32(f'wild {seed} {i}'.encode())]) # hashed here: of a longer seed torch would use 32 bits only
         match stage:
             case 'blur': x = blur(x, draws, **how)
             case 'display': x = torch.lerp(x, convolve(x, display_psf()), how['weight'])
@@ -269,6 +270,7 @@ def wild(
 ) -> tuple[Tensor, list[list[Step]]]: # degraded image(s), same shape, on the 8-bit grid; what was done to each
     "Degrade photographs by the chain; ValueError for a wrong shape or seed."
     batch, seeds = as_batch(hq, seed)
-    if min(hq.shape[-2:]) < SMALLEST: raise ValueError(f"hq has {hq.shape[-2]}×{hq.shape[-1]} pixels: expected at least {SMALLEST}×{SMALLEST}")
+    h, w = hq.shape[-2:]
+    if min(h, w) < SMALLEST: raise ValueError(f"hq has {h}×{w} pixels: expected at least {SMALLEST}×{SMALLEST}")
     plans = [draw_plan(s) for s in seeds]
     return torch.stack([follow(p, x, s) for p, x, s in zip(plans, batch, seeds)]).view(hq.shape), plans
