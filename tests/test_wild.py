@@ -9,6 +9,7 @@ from math import cos, factorial, pi, sin
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import j1
 from scipy.stats import binomtest, kstest
 from torch.utils.data import DataLoader
 
@@ -221,6 +222,11 @@ def test_formulas_of_the_gaussian_families():
     k = kernel('iso', 19, sigma=1.5)
     assert (k.sum(0) * g**2).sum().sqrt().item() == pytest.approx(1.5, rel=.02)
     assert not torch.equal(k, kernel('iso', 19, sigma=1.5).T) # grain
+
+
+def test_the_formula_of_the_sinc_filter():
+    k = kernel('sinc', 13, cutoff=2.5)
+    for x in (1, 2, 6): assert (k[6, 6 + x] / k[6, 6]).item() == pytest.approx(2 * float(j1(2.5 * x)) / (2.5 * x), abs=1e-5)
 
 
 def test_the_sinc_filter_keeps_what_is_below_its_cutoff():
