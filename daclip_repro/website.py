@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'FOLDERS', 'mathjax_file', 'math_scripts', 'site_path', 'move_links', 'executed_page', 'chapter',
-           'on_config', 'run_files', 'on_files', 'on_page_content']
+           'on_config', 'run_files', 'on_files', 'name_entries', 'on_page_content']
 
-# %% ../nbs/12_website.ipynb #c0ceac5d
+# %% ../nbs/12_website.ipynb #aa911e04
 import json, posixpath, re
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from .sweeps.papermill import default_root
 from .sweeps.records import hash_file, write_atomic
 from .tables.pages import experiment_page, experiments, overview_page, result_files, runs_page
 
-# %% ../nbs/12_website.ipynb #72bb266c
+# %% ../nbs/12_website.ipynb #a2e97715
 def mathjax_file() -> Path: # ValueError without the package
     "MathJax, as the installed package keeps it."
     spec = find_spec("mathjax")
@@ -33,7 +33,7 @@ def math_scripts(
     settings = dict(tex=tex, options=dict(enableMenu=False))
     return f'<script>MathJax = {json.dumps(settings)}</script><script defer src="{top}assets/mathjax/{mathjax_file().name}"></script>'
 
-# %% ../nbs/12_website.ipynb #25c0c4e8
+# %% ../nbs/12_website.ipynb #d323757f
 _HREF = re.compile(r"""<a\ (?P<a>[^>]*?) href="(?P<href>[^"#]+)(?P<anchor>\#[^"]*)?" (?P<rest>[^>]*)>(?P<text>.*?)</a>
     | (?P<img><img\ [^>]*?src=") (?P<src>[^"]+)""", re.S|re.X)
 _RESULTS = [(r"results/tables/(\w+)\.md", r"results/\1.md"), (r"experiments/(\w+)\.(ipynb|yaml)", r"results/\1.md"),
@@ -63,7 +63,7 @@ def move_links(
         return f'<a {m["a"]}href="{to}{m["anchor"] or ""}"{m["rest"]}>{m["text"]}</a>' if to else m["text"]
     return _HREF.sub(move, html)
 
-# %% ../nbs/12_website.ipynb #b2a35d53
+# %% ../nbs/12_website.ipynb #4f41b6dd
 _SHELL = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>run {run}</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="../../../assets/results.css">{math}</head>
@@ -89,7 +89,7 @@ def executed_page(
     body = move_links(kept.read_text("utf-8"), "../experiments", url)
     return _SHELL.format(run=file.parent.name, name=name, body=body, math=math_scripts("../../../") if "$" in body else "")
 
-# %% ../nbs/12_website.ipynb #22193d02
+# %% ../nbs/12_website.ipynb #87a270ee
 CHAPTERS = {0: "Photographs and measures", 3: "IR-SDE and DA-CLIP", 7: "Other networks, and training", 9: "Using it"} # from this number on
 FOLDERS = {"sweeps": "Many runs", "tables": "From rows to tables"}
 
@@ -109,7 +109,7 @@ def on_config(config): # called by MkDocs first
     config.nav = [{"Start": "index.ipynb"}, {"Results": results}, {"The book": [{title: pages} for title, pages in book.items()]}]
     return config
 
-# %% ../nbs/12_website.ipynb #228bf1be
+# %% ../nbs/12_website.ipynb #b9872b64
 def run_files(
     e, # `Experiment`
     root:Path, # top of the repository
@@ -144,13 +144,28 @@ def on_files(files, config): # called by MkDocs with every file it found
     copy(mathjax_file(), f"assets/mathjax/{mathjax_file().name}")
     return files
 
-# %% ../nbs/12_website.ipynb #245fe673
+# %% ../nbs/12_website.ipynb #74a34c8c
+_HEADING = re.compile(r'<h[1-6][^>]* id="([^"]*)"[^>]*>(.*?)(?:<a class="anchor-link".*?)?</h[1-6]>', re.S)
+
+def _entries(toc): # of a table of contents, in the order of the page
+    for entry in toc: yield entry; yield from _entries(entry.children)
+
+def name_entries(
+    toc, # of a page of MkDocs, changed in place
+    html:str, # the page's body
+):
+    "Give the entries of a table of contents the titles and anchors of the page's headings."
+    headings, entries = _HEADING.findall(html), [*_entries(toc)]
+    if len(headings) != len(entries): return
+    for entry, (id, title) in zip(entries, headings): entry.id, entry.title = id, re.sub(r"<[^>]+>", "", title).strip()
+
 _FETCHED = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mermaid configuration -->", re.S)
 
 def on_page_content(html, page, config, files): # called by MkDocs with each page's body
     "Point links at the files of the site, and formulas at its MathJax."
     if page.is_homepage: page.title = "Start"
     if page.file.src_uri.startswith("results/"): return html # made as seen from the site
+    name_entries(page.toc, html)
     def url(path): return (file := files.get_file_from_path(path)) and file.url_relative_to(page.file)
     scripts = math_scripts("../" * page.file.src_uri.count("/")) if "$" in html else ""
     return move_links(_FETCHED.sub(lambda m: scripts, html), posixpath.dirname(page.file.src_uri), url)

@@ -1,4 +1,4 @@
-"A real Slurm for the tests: brought up for the first test that asks for it, gone with the last, whatever happens."
+"A real Slurm and a real browser for the tests: there for the first test that asks for them, gone with the last, whatever happens."
 import os
 import shutil
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import browser as br
 import pytest
 import slurm_cluster as sc
 
@@ -39,3 +40,11 @@ def slurm(slurm_cluster, monkeypatch):
     yield slurm_cluster
     slurm_cluster.up()
     slurm_cluster.clear()
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    "A headless Chromium, driven by Playwright."
+    try:
+        with br.chromium() as browser: yield browser
+    except br.NoBrowser as e: (pytest.fail if os.environ.get('CI') else pytest.skip)(str(e))

@@ -9,7 +9,7 @@ __all__ = ['CLAIM_COLUMNS', 'GALLERY_NOTE', 'ORDER', 'BEFORE', 'AFTER', 'element
            'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts', 'result_files', 'section_parts',
            'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
 
-# %% ../../nbs/tables/04_pages.ipynb #aa5a01f7
+# %% ../../nbs/tables/04_pages.ipynb #e922e1bc
 import json
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ from .archive import Archive, read_archive
 from .gallery import line_name, line_names, read_gallery, shown
 from .tables import AVERAGE, BY, METRICS, QUALITY, headline, heading, number
 
-# %% ../../nbs/tables/04_pages.ipynb #c2615499
+# %% ../../nbs/tables/04_pages.ipynb #4b9ab0b9
 def element(node) -> str: # HTML on one line
     "An element as text."
     return to_xml(node, indent=False).replace("\n", "")
@@ -37,7 +37,7 @@ def wide(
     "Something that scrolls within the page, with the keyboard too."
     return element(Div(node, cls="wide", tabindex="0", role="region", aria_label=label))
 
-# %% ../../nbs/tables/04_pages.ipynb #185f83d7
+# %% ../../nbs/tables/04_pages.ipynb #83a122df
 class Cell(NamedTuple):
     "What stands in a cell of a table on the site."
     text:str # as in the Markdown
@@ -53,7 +53,8 @@ def cell_element(cell:Cell, tag:str="td"):
     "A cell. Its number, without the interval, is the link."
     if cell.link and " [" in cell.text: first, rest = cell.text.split(" [", 1); parts = [A(*inline(first), href=cell.link), f" [{rest}"]
     else: parts = [A(*inline(cell.text), href=cell.link)] if cell.link else inline(cell.text)
-    value = {} if cell.value is None else dict(cls="number", data_value="" if pd.isna(cell.value) else f"{cell.value:.10g}")
+    value = dict(cls="text") if len(cell.text) > 40 else {}
+    if cell.value is not None: value = dict(cls="number", data_value="" if pd.isna(cell.value) else f"{cell.value:.10g}")
     return ft(tag, *parts, scope="row" if tag == "th" else None, **value)
 
 def sortable(
@@ -70,7 +71,7 @@ def sortable(
     if foot: parts.append(Tfoot(*map(line, foot)))
     return wide(Table(*parts, cls="sortable long" if long else "sortable", aria_label=label), label)
 
-# %% ../../nbs/tables/04_pages.ipynb #2631f9ff
+# %% ../../nbs/tables/04_pages.ipynb #1047ee10
 def split_section(
     body:str, # a section of the Markdown page
 ) -> tuple: # the table as lists of texts, heads first (empty: none); the other paragraphs
@@ -87,7 +88,7 @@ def anchor(line:str, degradation:str=AVERAGE) -> str: # id of a row on the page 
     "Where the runs behind a number are listed."
     return "of-" + slug(line) + ("" if degradation == AVERAGE else "-" + slug(degradation))
 
-# %% ../../nbs/tables/04_pages.ipynb #42eee6b0
+# %% ../../nbs/tables/04_pages.ipynb #a31d4b72
 class Record(NamedTuple):
     "The CSV files of record of an experiment."
     table: pd.DataFrame # one line per metric, scope and line
@@ -105,7 +106,7 @@ def read_record(
     for c in ("mark", "mark_headline"): table[c] = table[c].fillna("")
     return Record(table, judged, [c for c in BY if c in table])
 
-# %% ../../nbs/tables/04_pages.ipynb #0e0fe509
+# %% ../../nbs/tables/04_pages.ipynb #acf88f75
 CLAIM_COLUMNS = {"published difference": "published", "our difference": "difference", "must exceed": "margin", "p": "p",
                  "better on": "improves"}
 
@@ -131,7 +132,7 @@ def known_values(
         known[tuple(str(c[b]) for b in by), head] = value, link(c)
     return known
 
-# %% ../../nbs/tables/04_pages.ipynb #bc54510c
+# %% ../../nbs/tables/04_pages.ipynb #174e251c
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(\.\d+)?(?=%|$| )")
 
 def read_number(text:str) -> float|None: # NaN where nothing is said, None for words
@@ -154,7 +155,7 @@ def cells_of(
         return Cell(body[i][k], *known.get((tuple(body[i][:keys]), head[k]), (read, "")))
     return [[cell(i, k) for k in range(len(head))] for i in range(len(body))]
 
-# %% ../../nbs/tables/04_pages.ipynb #5725df76
+# %% ../../nbs/tables/04_pages.ipynb #96712902
 def short(run:str) -> str: return run[:8] # enough to tell runs apart on a page
 
 def runs_behind(
@@ -184,7 +185,7 @@ def run_element(
     listed = [part for k, v in lines for part in (Dt(k), Dd(v))]
     return element(Section(ft("h3", "run ", Code(facts["run"])), Dl(*listed), cls="run", id=f"run-{facts['run']}"))
 
-# %% ../../nbs/tables/04_pages.ipynb #4c5446bb
+# %% ../../nbs/tables/04_pages.ipynb #adaf59f2
 def runs_page(
     name:str, # experiment
     title:str, # its title
@@ -201,7 +202,7 @@ def runs_page(
         wide(Table(head, Tbody(*rows), cls="sortable"), "runs behind each number"),
         element(ft("h2", "The runs", id="runs")), *(run_element(r, here(r["run"])) for r in archive.runs)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #10be0e43
+# %% ../../nbs/tables/04_pages.ipynb #1eca6a2d
 def tile_element(
     tile:dict, # of gallery.json
     case:dict, # its case
@@ -253,7 +254,7 @@ def gallery_element(
     table = wide(Table(Thead(head), Tbody(*rows), cls="cases"), f"{word}: every method")
     return element(Div(compare_element(entry, base), Safe(table), cls="gallery"))
 
-# %% ../../nbs/tables/04_pages.ipynb #8a99c725
+# %% ../../nbs/tables/04_pages.ipynb #f2cfb63e
 GALLERY_NOTE = ("For each degradation the photographs of the test are ranked by the gain in PSNR of one method over the degraded input: "
                 "that of the first claim that has pictures. Shown are the best, the median and the worst. The crops are where the methods "
                 "differ most from each other. Every picture is {size}×{size} pixels, of seed {seed}, and the numbers are of that "
@@ -279,7 +280,7 @@ def gallery_parts(
                   gallery_element(entry, f"gallery/{e.name}", f"{e.name}-runs.html")]
     return parts
 
-# %% ../../nbs/tables/04_pages.ipynb #a0befc39
+# %% ../../nbs/tables/04_pages.ipynb #5982d11f
 ORDER = ("daclip_unified", "daclip_specific", "daclip_embeddings", "daclip_classification", "daclip_mixed", "daclip_loss", "sampling")
 
 class Experiment(NamedTuple):
@@ -312,7 +313,7 @@ def result_files(name:str, root:Path) -> list: # paths
     ends = [f"{name}{end}" for end in (".csv", "_claims.csv", ".tex", ".json")]
     return [p for folder in ("tables", "records") for end in ends if (p := root/"results"/folder/end).is_file()]
 
-# %% ../../nbs/tables/04_pages.ipynb #1ce3fa90
+# %% ../../nbs/tables/04_pages.ipynb #0d6b195b
 def section_parts(
     title:str, # heading
     body:str, # Markdown below it
@@ -349,7 +350,7 @@ def experiment_page(
     files = [f"- [{p.parent.name}/{p.name}]({p.parent.name}/{p.name})" for p in result_files(e.name, root)]
     return "\n\n".join([*parts, "## Files", "\n".join(files)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #615012e7
+# %% ../../nbs/tables/04_pages.ipynb #6b07d93f
 BEFORE = ("An experiment is a notebook that a sweep runs many times. Its page has the claims with our difference and a verdict, the "
           "pictures, the tables, the figures, and the runs behind each number. Nobody typed a number here: the pages are made from the "
           "rows that runs wrote.")
