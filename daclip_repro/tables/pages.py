@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CLAIM_COLUMNS', 'GALLERY_NOTE', 'ORDER', 'BEFORE', 'AFTER', 'element', 'wide', 'Cell', 'inline', 'cell_element',
            'sortable', 'split_section', 'slug', 'anchor', 'Record', 'read_record', 'known_values', 'read_number',
-           'cells_of', 'short', 'runs_behind', 'said', 'run_element', 'runs_page', 'tile_element', 'compare_element',
-           'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts', 'result_files', 'section_parts',
-           'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
+           'cells_of', 'short', 'safe', 'runs_behind', 'said', 'run_element', 'runs_page', 'tile_element',
+           'compare_element', 'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts', 'result_files',
+           'section_parts', 'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
 
-# %% ../../nbs/tables/04_pages.ipynb #e922e1bc
+# %% ../../nbs/tables/04_pages.ipynb #bb443d45
 import json
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ from .archive import Archive, read_archive
 from .gallery import line_name, line_names, read_gallery, shown
 from .tables import AVERAGE, BY, METRICS, QUALITY, headline, heading, number
 
-# %% ../../nbs/tables/04_pages.ipynb #4b9ab0b9
+# %% ../../nbs/tables/04_pages.ipynb #33bbc81e
 def element(node) -> str: # HTML on one line
     "An element as text."
     return to_xml(node, indent=False).replace("\n", "")
@@ -37,7 +37,7 @@ def wide(
     "Something that scrolls within the page, with the keyboard too."
     return element(Div(node, cls="wide", tabindex="0", role="region", aria_label=label))
 
-# %% ../../nbs/tables/04_pages.ipynb #83a122df
+# %% ../../nbs/tables/04_pages.ipynb #e9c18d11
 class Cell(NamedTuple):
     "What stands in a cell of a table on the site."
     text:str # as in the Markdown
@@ -71,7 +71,7 @@ def sortable(
     if foot: parts.append(Tfoot(*map(line, foot)))
     return wide(Table(*parts, cls="sortable long" if long else "sortable", aria_label=label), label)
 
-# %% ../../nbs/tables/04_pages.ipynb #1047ee10
+# %% ../../nbs/tables/04_pages.ipynb #d7171fa3
 def split_section(
     body:str, # a section of the Markdown page
 ) -> tuple: # the table as lists of texts, heads first (empty: none); the other paragraphs
@@ -88,7 +88,7 @@ def anchor(line:str, degradation:str=AVERAGE) -> str: # id of a row on the page 
     "Where the runs behind a number are listed."
     return "of-" + slug(line) + ("" if degradation == AVERAGE else "-" + slug(degradation))
 
-# %% ../../nbs/tables/04_pages.ipynb #a31d4b72
+# %% ../../nbs/tables/04_pages.ipynb #b2506a94
 class Record(NamedTuple):
     "The CSV files of record of an experiment."
     table: pd.DataFrame # one line per metric, scope and line
@@ -106,7 +106,7 @@ def read_record(
     for c in ("mark", "mark_headline"): table[c] = table[c].fillna("")
     return Record(table, judged, [c for c in BY if c in table])
 
-# %% ../../nbs/tables/04_pages.ipynb #acf88f75
+# %% ../../nbs/tables/04_pages.ipynb #62a3ff14
 CLAIM_COLUMNS = {"published difference": "published", "our difference": "difference", "must exceed": "margin", "p": "p",
                  "better on": "improves"}
 
@@ -132,7 +132,7 @@ def known_values(
         known[tuple(str(c[b]) for b in by), head] = value, link(c)
     return known
 
-# %% ../../nbs/tables/04_pages.ipynb #174e251c
+# %% ../../nbs/tables/04_pages.ipynb #878614f2
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(\.\d+)?(?=%|$| )")
 
 def read_number(text:str) -> float|None: # NaN where nothing is said, None for words
@@ -155,8 +155,10 @@ def cells_of(
         return Cell(body[i][k], *known.get((tuple(body[i][:keys]), head[k]), (read, "")))
     return [[cell(i, k) for k in range(len(head))] for i in range(len(body))]
 
-# %% ../../nbs/tables/04_pages.ipynb #96712902
+# %% ../../nbs/tables/04_pages.ipynb #3a8c9bef
 def short(run:str) -> str: return run[:8] # enough to tell runs apart on a page
+
+def safe(text:str) -> str: return text.replace("<", "&lt;") # in Markdown
 
 def runs_behind(
     archive:Archive, # what is kept of the sweep
@@ -185,7 +187,7 @@ def run_element(
     listed = [part for k, v in lines for part in (Dt(k), Dd(v))]
     return element(Section(ft("h3", "run ", Code(facts["run"])), Dl(*listed), cls="run", id=f"run-{facts['run']}"))
 
-# %% ../../nbs/tables/04_pages.ipynb #adaf59f2
+# %% ../../nbs/tables/04_pages.ipynb #53202745
 def runs_page(
     name:str, # experiment
     title:str, # its title
@@ -198,11 +200,11 @@ def runs_page(
     head = Thead(Tr(*(Th(h, scope="col") for h in ("line", "degradation", "runs"))))
     told = (f"Every number of [the results]({name}.md) is made from rows, and every row is of one of these {len(archive.runs)} runs. "
             f"The rows are kept in [{name}.csv](records/{name}.csv), the facts below in [{name}.json](records/{name}.json).")
-    return "\n\n".join([f"# Runs of: {title}", told, "## Which runs a number is from",
+    return "\n\n".join([f"# Runs of: {safe(title)}", told, "## Which runs a number is from",
         wide(Table(head, Tbody(*rows), cls="sortable"), "runs behind each number"),
         element(ft("h2", "The runs", id="runs")), *(run_element(r, here(r["run"])) for r in archive.runs)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #1eca6a2d
+# %% ../../nbs/tables/04_pages.ipynb #efd020f1
 def tile_element(
     tile:dict, # of gallery.json
     case:dict, # its case
@@ -254,7 +256,7 @@ def gallery_element(
     table = wide(Table(Thead(head), Tbody(*rows), cls="cases"), f"{word}: every method")
     return element(Div(compare_element(entry, base), Safe(table), cls="gallery"))
 
-# %% ../../nbs/tables/04_pages.ipynb #f2cfb63e
+# %% ../../nbs/tables/04_pages.ipynb #4db20040
 GALLERY_NOTE = ("For each degradation the photographs of the test are ranked by the gain in PSNR of one method over the degraded input: "
                 "that of the first claim that has pictures. Shown are the best, the median and the worst. The crops are where the methods "
                 "differ most from each other. Every picture is {size}×{size} pixels, of seed {seed}, and the numbers are of that "
@@ -280,7 +282,7 @@ def gallery_parts(
                   gallery_element(entry, f"gallery/{e.name}", f"{e.name}-runs.html")]
     return parts
 
-# %% ../../nbs/tables/04_pages.ipynb #5982d11f
+# %% ../../nbs/tables/04_pages.ipynb #e821f1c4
 ORDER = ("daclip_unified", "daclip_specific", "daclip_embeddings", "daclip_classification", "daclip_mixed", "daclip_loss", "sampling")
 
 class Experiment(NamedTuple):
@@ -313,7 +315,7 @@ def result_files(name:str, root:Path) -> list: # paths
     ends = [f"{name}{end}" for end in (".csv", "_claims.csv", ".tex", ".json")]
     return [p for folder in ("tables", "records") for end in ends if (p := root/"results"/folder/end).is_file()]
 
-# %% ../../nbs/tables/04_pages.ipynb #0d6b195b
+# %% ../../nbs/tables/04_pages.ipynb #a0d2fa9a
 def section_parts(
     title:str, # heading
     body:str, # Markdown below it
@@ -337,7 +339,7 @@ def experiment_page(
     root:Path, # top of the repository
 ) -> str: # Markdown
     "Everything that is known about an experiment."
-    parts = [f"# {e.title}", f"> {e.question}"]
+    parts = [f"# {safe(e.title)}", f"> {safe(e.question)}"]
     if e.archive is None:
         parts.append(f"*not run*: no rows of `{e.name}` are kept; `daclip sweep experiments/{e.name}.yaml` makes them.")
         return "\n\n".join(parts) + "\n"
@@ -350,7 +352,7 @@ def experiment_page(
     files = [f"- [{p.parent.name}/{p.name}]({p.parent.name}/{p.name})" for p in result_files(e.name, root)]
     return "\n\n".join([*parts, "## Files", "\n".join(files)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #6b07d93f
+# %% ../../nbs/tables/04_pages.ipynb #0de6d0f9
 BEFORE = ("An experiment is a notebook that a sweep runs many times. Its page has the claims with our difference and a verdict, the "
           "pictures, the tables, the figures, and the runs behind each number. Nobody typed a number here: the pages are made from the "
           "rows that runs wrote.")
