@@ -77,11 +77,12 @@ def picture(page, degradation, path, site=SITE):
     from PIL import Image
     if not (site/page).is_file(): raise ValueError(f'{site/page}: no such page; `make docs` makes the site')
     with chromium() as browser, served(site) as address:
-        tab = browser.new_page(viewport=dict(width=1500, height=1200), color_scheme='light')
+        tab = browser.new_page(viewport=dict(width=1800, height=1200), color_scheme='light')
         tab.goto(f'{address}{page}', wait_until='networkidle')
         gallery = tab.locator(f'h3#{degradation} ~ .gallery').first
         if not gallery.count(): raise ValueError(f'{page}: no gallery of {degradation}')
-        tab.add_style_tag(content='.md-sidebar, .md-header, .md-tabs { display: none !important } .md-grid { max-width: 70rem !important }')
+        tab.add_style_tag(content='.md-sidebar, .md-header, .md-tabs { display: none !important } .md-grid { max-width: 90rem !important }'
+                          '.gallery { width: max-content; padding: .4rem } .wide { overflow: visible !important }')
         for image in gallery.locator('img').all(): image.evaluate('i => { i.loading = "eager"; return i.decode() }')
         data = gallery.screenshot()
     image = Image.open(BytesIO(data)).convert('RGB')

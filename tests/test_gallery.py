@@ -21,10 +21,12 @@ def run(root, number, lines, seed=0, words=('hazy', 'noisy'), gain=1.):
     rng = np.random.default_rng(number)
     methods = [('HQ', ['any']), ('input', words), *((f'{m} {s}' if s else m, words) for m, s in lines)]
     for k, (_, rows) in enumerate(methods):
-        Image.fromarray(rng.integers(0, 256, (len(rows) * SIDE, len(PHOTOS) * SIDE, 3), dtype=np.uint8)).save(folder/f'{k}.webp', lossless=True)
+        pixels = rng.integers(0, 256, (len(rows) * SIDE, len(PHOTOS) * SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder/f'{k}.webp', lossless=True)
     content = dict(photos=PHOTOS, methods=[dict(method=m, file=f'{k}.webp', rows=[*w]) for k, (m, w) in enumerate(methods)])
     (folder/'index.json').write_text(json.dumps(content))
-    rows = [dict(photo=p, degradation=w, method=m, steps=s, seed=seed, protocol='rgb', psnr=20. + (m != 'input') * gain * i, lpips=None, run=id)
+    stamp = dict(seed=seed, protocol='rgb', lpips=None, run=id)
+    rows = [dict(photo=p, degradation=w, method=m, steps=s, psnr=20. + (m != 'input') * gain * i, **stamp)
             for w in words for m, s in [('input', 0), *lines] for i, p in enumerate(PHOTOS)]
     return pd.DataFrame(rows)
 
@@ -61,7 +63,8 @@ def test_a_tile_is_cut_where_the_index_says(made, tmp_path):
     tile = next(t for t in noisy['cases'][0]['tiles'] if t['line'] == 'n')
     sheet = np.asarray(Image.open(tmp_path/'runs'/('2' * 16)/'pictures/2.webp').convert('RGB'))[SIDE:, 3 * SIDE:].astype(int)
     found = np.asarray(Image.open(tmp_path/'gallery/made'/tile['file']).convert('RGB')).astype(int)
-    others = [np.asarray(Image.open(p).convert('RGB')).astype(int) for p in (tmp_path/'gallery/made').glob('*.webp') if p.name != tile['file']]
+    others = [p for p in (tmp_path/'gallery/made').glob('*.webp') if p.name != tile['file']]
+    others = [np.asarray(Image.open(p).convert('RGB')).astype(int) for p in others]
     assert found.shape == sheet.shape and np.abs(found - sheet).mean() < min(np.abs(o - sheet).mean() for o in others) / 1.5
 
 

@@ -169,6 +169,7 @@ def test_no_page_loads_from_elsewhere(site, pages):
     assert not [p.name for p in pages if 'cdnjs' in p.read_text('utf-8')]
 
 
+@pytest.mark.parametrize('address', ['server'], indirect=True)
 def test_a_phone_shows_every_page_without_scrolling_sideways(visit, pages, site):
     tab, too_wide = visit('index.html', viewport=dict(width=390, height=844)), []
     start = tab.url.removesuffix('index.html')
@@ -182,13 +183,15 @@ def test_a_phone_shows_every_page_without_scrolling_sideways(visit, pages, site)
                                   f'results/runs/made_up/{"1" * 16}.html'])
 def test_pages_open_without_a_complaint(visit, page):
     tab = visit(page)
-    tab.wait_for_load_state('networkidle')
+    tab.evaluate('window.MathJax && MathJax.startup.promise.then(() => 0)')
+    tab.evaluate('new Promise(resolve => setTimeout(resolve, 500))')
     assert tab.locator('h1, .executed').count() == 1 and tab.title()
 
 
 def test_formulas_are_set(visit):
     tab = visit('03_irsde.html')
-    tab.wait_for_selector('mjx-container svg')
+    tab.evaluate('MathJax.startup.promise.then(() => 0)')
+    assert tab.locator('mjx-container svg').count() > 20
     assert tab.locator('mjx-merror').count() == 0 and '$$' not in tab.locator('article').inner_text()
 
 

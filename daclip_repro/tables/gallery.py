@@ -239,7 +239,7 @@ def write_gallery(
             for t in c['tiles']: t['file'] = tile_name(coded[d['degradation'], c['photo'], t['line']])
     wanted = {tile_name(data): data for data in coded.values()}
     for name, data in wanted.items():
-        if not (folder/name).is_file(): write_file(folder/name, data)
+        if not (folder/name).is_file() or (folder/name).read_bytes() != data: write_file(folder/name, data)
     file = write_file(folder/'gallery.json', json.dumps(content, indent=1, ensure_ascii=False) + '\n')
     for path in folder.glob('*.webp'):
         if path.name not in wanted: path.unlink()
