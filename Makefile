@@ -21,8 +21,8 @@ reproduce: setup ## run the miniature sweep, then write its table and figures to
 	@$(BIN)/daclip readme
 
 # The folders are linked into experiments/, where the sweep files look for them; each is hashed, so that a run knows its photographs.
-DACLIP_SWEEPS := daclip_classification daclip_loss daclip_specific daclip_embeddings daclip_unified
-reproduce-daclip: setup ## PHOTOS=… CBSD68=… LIVE1=…: DA-CLIP's sweeps, hours; photographs to train on, and two test sets (continues too)
+DACLIP_SWEEPS := daclip_classification daclip_loss daclip_specific daclip_embeddings daclip_unified daclip_mixed
+reproduce-daclip: setup ## PHOTOS=… CBSD68=… LIVE1=…: DA-CLIP's sweeps, some four hours on two cores; photographs to train on, and two test sets (continues too)
 	@link() { [ -d "$$2" ] || { echo "make reproduce-daclip: $$1 must name a folder of photographs, as in $$1=~/photos" >&2; return 1; }; \
 	  ln -sfn "$$(realpath "$$2")" "experiments/$$3"; }; \
 	link PHOTOS "$(PHOTOS)" photographs && link CBSD68 "$(CBSD68)" cbsd68 && link LIVE1 "$(LIVE1)" live1

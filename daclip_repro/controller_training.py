@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLLER_CONFIGS', 'BLIP', 'ControllerConfig', 'Batch', 'Photographs', 'square', 'read_titles', 'PairFiles',
            'pair_files', 'blip', 'one_line', 'generate_captions', 'ControllerTrainer', 'load_clip', 'Answers', 'ask',
-           'controller_validator', 'clip_facts', 'daclip_card', 'train_controller']
+           'controller_validator', 'earlier_facts', 'daclip_card', 'train_controller']
 
 # %% ../nbs/06d_controller_training.ipynb #a81be02b
 import csv
@@ -55,7 +55,7 @@ CONTROLLER_CONFIGS = {
     'daclip-paper': ControllerConfig(steps=842, batch=3136, patch=256, lr=3e-5, lr_min=0., warmup=100, weight_decay=.05, betas=(.9, .98),
         ema=0., micro=196, precision='bfloat16')}
 CONTROLLER_CONFIGS['daclip-miniature'] = replace(
-    CONTROLLER_CONFIGS['daclip-miniature-new'], start='daclip-miniature', steps=1500, restarts=(), zoom=8., lr=5e-4)
+    CONTROLLER_CONFIGS['daclip-miniature-new'], start='daclip-miniature', steps=3500, restarts=(), zoom=8., lr=5e-4)
 
 # %% ../nbs/06d_controller_training.ipynb #e6406b58
 class Batch(NamedTuple):
@@ -396,13 +396,17 @@ def controller_validator(
     return watch
 
 # %% ../nbs/06d_controller_training.ipynb #89921ba3
-def clip_facts(
-    pretrained:str, # as in `ControllerConfig`
-) -> dict: # what the header of a DA-CLIP says about its CLIP; nothing for CLIPs of open_clip
-    "How the CLIP was made that a controller is trained for."
-    path = packaged_daclips().get(pretrained, Path(pretrained))
-    facts = json.loads(read_header(path).get('facts', '{}')) if path.is_file() else {}
-    return {k: v for k, v in facts.items() if 'CLIP' in k}
+def earlier_facts(
+    config:ControllerConfig,
+) -> dict: # what the headers of DA-CLIPs say about the CLIP and, if it goes on with one, the controller; nothing for CLIPs of open_clip
+    "How that was made which a training begins with."
+    def facts(name):
+        path = packaged_daclips().get(name, Path(name))
+        return json.loads(read_header(path).get('facts', '{}')) if path.is_file() else {}
+    found = {k: v for k, v in facts(config.pretrained).items() if 'CLIP' in k}
+    if config.start and 'settings' in (start := facts(config.start)):
+        found['goes on from'] = [*start.get('goes on from', []), start['settings']]
+    return found
 
 def daclip_card(
     name:str,
@@ -414,6 +418,7 @@ def daclip_card(
                  seconds='seconds of training', loss='training loss')
     rows = {units.get(k, k): v for k, v in facts.items()}
     def words(v):
+        if isinstance(v, list): return '; then '.join(map(words, v))
         if isinstance(v, dict): return ', '.join(f'{a} {b}' for a, b in v.items() if a != 'degradations')
         return f'{v:.6g}' if isinstance(v, float) else v
     said = '\n'.join(f"| {k} | {words(v)} |" for k, v in rows.items())
@@ -468,6 +473,6 @@ def train_controller(
     if trainer.rank: return path # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
     measured = {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'accuracy', 'closer')}
-    facts = {'trained on': found, 'what they are': about, 'settings': json.loads(plain(config))} | measured | clip_facts(config.pretrained)
+    facts = {'trained on': found, 'what they are': about, 'settings': json.loads(plain(config))} | measured | earlier_facts(config)
     with atomic(path.with_suffix('.md')) as tmp: tmp.write_text(daclip_card(name, config, facts))
     return save_daclip(trainer.average.module if config.ema else trainer.model, path, config.model, **facts)

@@ -80,7 +80,7 @@ def _context(restorer, lq, hq, degradation, told, seed):
     other = restorer.daclip.embed(degrade(hq, told, 1000 * seed).to(device))
     return restorer.tell(own._replace(degradation=other.degradation))
 
-# %% ../nbs/09b_experiment.ipynb #1ee23e1d
+# %% ../nbs/09b_experiment.ipynb #9029b669
 def keep_pictures(
     run_dir:str, # folder of the run; nothing is kept when empty
     names:list[str], # photographs, in the order of the columns

@@ -286,7 +286,7 @@ def average_gradients(self:Trainer):
     flat = reduce(torch.cat([g.flatten() for g in gradients]), 'mean') # one message instead of a hundred
     for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])): g.copy_(mean.view_as(g))
 
-# %% ../nbs/06b_loop.ipynb #604f23a2
+# %% ../nbs/06b_loop.ipynb #9e121786
 class _Steps:
     "The batches of a training, by step, for `DataLoader`."
     def __init__(self, trainer:Trainer, source): self.trainer, self.source = trainer, source

@@ -73,12 +73,12 @@ def result_table(name:str, # file name below results/tables, without .md
     shown = [f"**{f}**\n\n{text}" for f,text in found.items() if not headings or f.startswith(headings)]
     return Markdown("\n\n".join([*shown, f"[All tables of this experiment](../{path}), generated from run records."]))
 
-def result_figure(name:str, # file name below results/figures, without .png
+def result_figure(name:str, # file name below results/figures; .png may be left out
     alt:str, # what the picture shows, for people who cannot see it
     root:str|Path|None=None, # top of the repository; None: the one that the working folder is in
 ) -> Markdown: # the picture, linked relative to nbs/, or the words "not run"
     "A generated picture of results/figures/."
-    path = f"results/figures/{name}.png"
+    path = f"results/figures/{name if Path(name).suffix else name + '.png'}"
     return Markdown(f"![{alt}](../{path})" if (Path(root or repo_root())/path).is_file() else _not_run(path))
 
 # %% ../nbs/11_readme.ipynb #0af43dfe

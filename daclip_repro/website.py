@@ -6,7 +6,7 @@
 __all__ = ['CHAPTERS', 'FOLDERS', 'mathjax_file', 'math_scripts', 'site_path', 'move_links', 'executed_page', 'chapter',
            'on_config', 'run_files', 'on_files', 'name_entries', 'on_page_content']
 
-# %% ../nbs/12_website.ipynb #5939fff4
+# %% ../nbs/12_website.ipynb #ffb1b460
 import json, posixpath, re
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from .sweeps.papermill import default_root
 from .sweeps.records import hash_file, write_atomic
 from .tables.pages import experiment_page, experiments, overview_page, result_files, runs_page, safe
 
-# %% ../nbs/12_website.ipynb #0e07c9b9
+# %% ../nbs/12_website.ipynb #35a19971
 def mathjax_file() -> Path: # ValueError without the package
     "MathJax, as the installed package keeps it."
     spec = find_spec("mathjax")
@@ -33,7 +33,7 @@ def math_scripts(
     settings = dict(tex=tex, options=dict(enableMenu=False))
     return f'<script>MathJax = {json.dumps(settings)}</script><script defer src="{top}assets/mathjax/{mathjax_file().name}"></script>'
 
-# %% ../nbs/12_website.ipynb #e9dff47e
+# %% ../nbs/12_website.ipynb #ba6cf4f0
 _HREF = re.compile(r"""<a\ (?P<a>[^>]*?) href="(?P<href>[^"#]+)(?P<anchor>\#[^"]*)?" (?P<rest>[^>]*)>(?P<text>.*?)</a>
     | (?P<img><img\ [^>]*?src=") (?P<src>[^"]+)""", re.S|re.X)
 _RESULTS = [(r"results/tables/(\w+)\.md", r"results/\1.md"), (r"experiments/(\w+)\.(ipynb|yaml)", r"results/\1.md"),
@@ -63,7 +63,7 @@ def move_links(
         return f'<a {m["a"]}href="{to}{m["anchor"] or ""}"{m["rest"]}>{m["text"]}</a>' if to else m["text"]
     return _HREF.sub(move, html)
 
-# %% ../nbs/12_website.ipynb #0609d774
+# %% ../nbs/12_website.ipynb #7ad9f5fb
 _SHELL = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>run {run}</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="../../../assets/results.css">{math}</head>
@@ -89,7 +89,7 @@ def executed_page(
     body = move_links(kept.read_text("utf-8"), "../experiments", url)
     return _SHELL.format(run=file.parent.name, name=name, body=body, math=math_scripts("../../../") if "$" in body else "")
 
-# %% ../nbs/12_website.ipynb #4458607c
+# %% ../nbs/12_website.ipynb #8e0570f1
 CHAPTERS = {0: "Photographs and measures", 3: "IR-SDE and DA-CLIP", 7: "Other networks, and training", 9: "Using it"} # from this number on
 FOLDERS = {"sweeps": "Many runs", "tables": "From rows to tables"}
 
@@ -109,7 +109,7 @@ def on_config(config): # called by MkDocs first
     config.nav = [{"Start": "index.ipynb"}, {"Results": results}, {"The book": [{title: pages} for title, pages in book.items()]}]
     return config
 
-# %% ../nbs/12_website.ipynb #153f06ed
+# %% ../nbs/12_website.ipynb #fd4c003d
 def run_files(
     e, # `Experiment`
     root:Path, # top of the repository
@@ -139,12 +139,12 @@ def on_files(files, config): # called by MkDocs with every file it found
             if notebook: write(executed_page(notebook, e.name, root/".cache/executed", pages), f"results/runs/{e.name}/{run}.html")
             if parameters: copy(parameters, f"results/runs/{e.name}/{run}.json")
         write(runs_page(e.name, e.title, e.archive, links.get), f"results/{e.name}-runs.md", inclusion=InclusionLevel.NOT_IN_NAV)
-    pictures = [*(root/"results/figures").glob("*.png"), *(root/"results/gallery").glob("*/*.webp")]
-    for p in sorted(pictures): copy(p, p.relative_to(root).as_posix())
+    pictures = [p for p in (root/"results/figures").iterdir() if p.suffix in (".png", ".webp")]
+    for p in sorted([*pictures, *(root/"results/gallery").glob("*/*.webp")]): copy(p, p.relative_to(root).as_posix())
     copy(mathjax_file(), f"assets/mathjax/{mathjax_file().name}")
     return files
 
-# %% ../nbs/12_website.ipynb #5e5d1309
+# %% ../nbs/12_website.ipynb #fcdafe94
 _HEADING = re.compile(r'<h[1-6][^>]* id="([^"]*)"[^>]*>(.*?)(?:<a class="anchor-link".*?)?</h[1-6]>', re.S)
 
 def _entries(toc): # of a table of contents, in the order of the page

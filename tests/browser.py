@@ -1,7 +1,7 @@
 """A real, headless Chromium for the tests of the site, and for the README's picture of the gallery.
 
     python tests/browser.py install    # Debian's package (as root, on Debian or Ubuntu)
-    python tests/browser.py picture results/daclip_unified.html hazy results/figures/gallery.png
+    python tests/browser.py picture results/daclip_unified.html low-light results/figures/gallery.webp
                                        # after `make docs`: the gallery of one degradation, as it looks in a browser
 """
 import argparse
@@ -73,7 +73,7 @@ def served(folder):
 
 
 def picture(page, degradation, path, site=SITE):
-    "Write the gallery of one degradation as PNG, with as many colours as fit into `BYTES`."
+    "Write the gallery of one degradation as WebP, of at most `BYTES`."
     from PIL import Image
     if not (site/page).is_file(): raise ValueError(f'{site/page}: no such page; `make docs` makes the site')
     with chromium() as browser, served(site) as address:
@@ -86,9 +86,8 @@ def picture(page, degradation, path, site=SITE):
         for image in gallery.locator('img').all(): image.evaluate('i => { i.loading = "eager"; return i.decode() }')
         data = gallery.screenshot()
     image = Image.open(BytesIO(data)).convert('RGB')
-    for colours in (None, 256, 128, 64, 32):
-        image_ = image if colours is None else image.quantize(colours, method=Image.Quantize.MEDIANCUT)
-        image_.save(buffer := BytesIO(), 'PNG', optimize=True)
+    for quality in (90, 80, 70, 60, 50):
+        image.save(buffer := BytesIO(), 'WEBP', quality=quality, method=6)
         if buffer.tell() <= BYTES: break
     else: raise ValueError(f'{path}: the picture has more than {BYTES} bytes')
     new = Path(f'{path}.tmp')
@@ -103,8 +102,8 @@ def main():
     commands.add_parser('install', help='install the package (Debian or Ubuntu, as root)')
     shot = commands.add_parser('picture', help='a picture of the gallery, after make docs')
     shot.add_argument('page', help='of the site, as results/daclip_unified.html')
-    shot.add_argument('degradation', help='heading of the gallery, as hazy')
-    shot.add_argument('path', help='PNG file to write')
+    shot.add_argument('degradation', help='heading of the gallery, as low-light')
+    shot.add_argument('path', help='WebP file to write')
     args = parser.parse_args()
     if args.command == 'install': print('Installed Chromium.' if install() else 'Chromium is installed.')
     else: print(f'{args.path}: {picture(args.page, args.degradation, args.path)} bytes')

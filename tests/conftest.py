@@ -1,4 +1,4 @@
-"A real Slurm and a real browser for the tests: there for the first test that asks for them, gone with the last, whatever happens."
+"A real Slurm for the tests, brought up for the first that asks for it, gone with the last, whatever happens; a real LaTeX and browser."
 import os
 import shutil
 import signal
@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import browser as br
+import latex
 import pytest
 import slurm_cluster as sc
 
@@ -40,6 +41,14 @@ def slurm(slurm_cluster, monkeypatch):
     yield slurm_cluster
     slurm_cluster.up()
     slurm_cluster.clear()
+
+
+@pytest.fixture(scope='session')
+def typeset():
+    "Compiles a LaTeX file and gives the log."
+    if packages := latex.missing():
+        (pytest.fail if os.environ.get('CI') else pytest.skip)(f"LaTeX is not installed; missing: {' '.join(packages)}")
+    return latex.typeset
 
 
 @pytest.fixture(scope='session')

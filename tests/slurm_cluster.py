@@ -24,7 +24,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import debian
 import psutil
+from debian import last_line
 
 PACKAGES = dict(slurmctld='slurm-wlm', slurmdbd='slurmdbd', munged='munge', mariadbd='mariadb-server-core')  # program -> its package
 MARK = '.daclip-slurm'  # in each cluster's folder
@@ -95,7 +97,7 @@ LogFile={folder}/slurmdbd.log
 """
 
 
-class NoSlurm(RuntimeError):
+class NoSlurm(debian.NotInstalled):
     "Slurm cannot be had here; the message says what is missing."
 
 
@@ -110,25 +112,12 @@ def missing():
 
 def install():
     "Install what is missing (Debian and Ubuntu, as root). Returns the packages."
-    if not (packages := missing()): return []
-    command = ['apt-get', 'install', '--no-install-recommends', *packages]
-    if not shutil.which('apt-get') or os.getuid():
-        raise NoSlurm(f"Slurm is not installed; on Debian or Ubuntu, as root: {' '.join(command)}")
-    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                 env=os.environ | dict(DEBIAN_FRONTEND='noninteractive'))
-    subprocess.run(['apt-get', 'update', '-q'], **quiet) # where one of many sources is out of reach, the packages may yet be there
-    done = subprocess.run([*command, '-q', '-y', '-o', 'DPkg::Lock::Timeout=120'], text=True, **quiet)
-    if done.returncode: raise NoSlurm(f"Slurm could not be installed; `{' '.join(command)}` says: {last_line(done.stdout)}")
-    return packages
+    return debian.install('Slurm', missing(), NoSlurm)
 
 
 def user_name():
     try: return pwd.getpwuid(os.getuid()).pw_name
     except KeyError: raise NoSlurm(f'Slurm needs the name of its user, and the user number {os.getuid()} has none here') from None
-
-
-def last_line(text):
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), 'no message')
 
 
 def complaint(log):

@@ -1,6 +1,7 @@
 "What is kept of a sweep: every edit is found, nothing is half-written, and the tables follow from it alone."
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from daclip_repro.cli import main
 from daclip_repro.sweeps.records import save_rows
 from daclip_repro.tables import archive as ar
+from daclip_repro.tables.formats import write_tables
 from daclip_repro.tables.statistics import synthetic_rows
 
+ROOT = Path(__file__).parent.parent
 SWEEP = """notebook: made.ipynb
 profiles:
   miniature:
@@ -103,14 +106,15 @@ def test_a_broken_record_is_one_sentence(lab, text):
     with pytest.raises(ValueError, match='made.json: not a record of runs'): ar.read_archive('made')
 
 
-def test_an_edited_table_is_found(lab, capsys):
+@pytest.mark.parametrize('name', ['made.csv', 'made.md', 'made.html', 'made.tex', 'made_claims.csv'])
+def test_an_edited_table_is_found(lab, name, capsys):
     main(['tables'])
-    table = lab/'results/tables/made.md'
+    table = lab/'results/tables'/name
     table.write_text(edit_number(table.read_text()))
     assert main(['tables', '--check']) == 1
-    assert capsys.readouterr().err.strip() == 'results/tables/made.md: is not what results/records gives; daclip tables writes it'
+    assert capsys.readouterr().err.strip() == f'results/tables/{name}: is not what results/records gives; daclip tables writes it'
     table.unlink()
-    assert main(['tables', '--check']) == 1 and 'made.md: is missing' in capsys.readouterr().err
+    assert main(['tables', '--check']) == 1 and f'{name}: is missing' in capsys.readouterr().err
 
 
 def test_tables_outlive_their_runs(lab, capsys):
@@ -125,13 +129,59 @@ def test_tables_outlive_their_runs(lab, capsys):
     assert {p.name: p.read_bytes() for p in (lab/'results/tables').iterdir()} == before
 
 
-def test_a_deleted_run_says_not_run(lab):
+def test_a_deleted_run_is_no_longer_kept(lab):
     import shutil
     main(['tables'])
     shutil.rmtree(runs()[1].folder)
     assert main(['tables']) == 0
     assert json.loads((lab/'results/records/made.json').read_text())['runs'][0]['run'] == runs()[0].id
     assert len(ar.read_archive('made').runs) == 1 and main(['tables', '--check']) == 0
+
+
+# ---- the committed records
+
+@pytest.fixture
+def committed(tmp_path):
+    "A copy of the results of the sampling sweep."
+    import shutil
+    for part in ('records', 'tables'): shutil.copytree(ROOT/'results'/part, tmp_path/part)
+    shutil.copy(ROOT/'results/published.csv', tmp_path)
+    return tmp_path
+
+
+def tables(folder, *options): return main(['tables', str(ROOT/'experiments/sampling.yaml'), '--out', str(folder), *options])
+
+
+def test_one_number_changed_by_hand_names_its_run(committed, capsys):
+    file = committed/'records/sampling.csv'
+    lines = file.read_text().splitlines(keepends=True)
+    columns, row = lines[0].strip().split(','), lines[100].strip('\n').split(',')
+    assert tables(committed, '--check') == 0
+    at = columns.index('psnr')
+    row[at] = f'{float(row[at]) + .01:.6g}'
+    file.write_text(''.join([*lines[:100], ','.join(row) + '\n', *lines[101:]]))
+    capsys.readouterr()
+    assert tables(committed, '--check') == 1
+    assert capsys.readouterr().err == f"{file}: a row of run {row[columns.index('run')]} was edited\n"
+
+
+def test_a_run_taken_out_says_not_run_in_every_format(committed, monkeypatch, capsys):
+    monkeypatch.setattr('daclip_repro.tables.figures.write_results', lambda found, out, strips: write_tables(*found[:2], out, found.by))
+    file, table = committed/'records/sampling.json', committed/'records/sampling.csv'
+    facts, rows = json.loads(file.read_text()), pd.read_csv(table, dtype=str)
+    gone = next(r for r in facts['runs'] if r['point']['degradation'] == 'noisy' and r['point']['steps'] == [100])
+    facts['runs'].remove(gone)
+    file.write_text(json.dumps(facts))
+    rows[rows.run != gone['run']].to_csv(table, index=False)
+    assert tables(committed, '--check') == 1 and 'sampling.md: is not what' in capsys.readouterr().err
+    before = {f: (committed/f'tables/sampling.{f}').read_text() for f in ('md', 'html', 'tex')}
+    assert tables(committed) == 0
+    after = {f: (committed/f'tables/sampling.{f}').read_text() for f in before}
+    lines = {'md': r'^\| noisy +\|.*', 'html': r'(?s)row">noisy</th>.*?</tr>', 'tex': r'^noisy &.*'}
+    for form, text in after.items():
+        found = re.findall(lines[form], text, re.M)
+        assert len(found) == 3 and all(line.count('not run') == 3 for line in found), form
+        assert not re.search(r'(?<!`)not run(?!`)', re.sub('<code>.*?</code>|texttt.not run', '', before[form])), form
 
 
 def test_nothing_was_run(lab, capsys):

@@ -27,6 +27,7 @@ from daclip_repro.controller_training import (
 )
 from daclip_repro.loop import make_config, step_rng
 from daclip_repro.photos import Photo, read_captions, save_image
+from daclip_repro.unet import read_header
 
 TINY = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=2, head_width=32),
             text_cfg=dict(context_length=16, vocab_size=614, width=32, heads=2, layers=1))
@@ -359,3 +360,13 @@ def test_a_controller_is_gone_on_with(config, source, clip, tmp_path):
     other = save_daclip(DACLIP(make_clip(TINY | {'embed_dim': 16})), tmp_path/'other.safetensors', TINY | {'embed_dim': 16})
     with pytest.raises(ValueError, match='other.safetensors belongs to another CLIP'):
         ControllerTrainer(replace(config, start=str(other)), tmp_path/'o', 'cpu')
+
+
+def test_a_card_tells_of_every_training_that_led_to_it(config, tmp_path):
+    photos, kept = [Photo(str(i), lambda i=i: picture(i), f'thing {i}') for i in range(4)], None
+    for lr in (.001, .0005, .0001):
+        path = tmp_path/str(lr)
+        kept = train_controller(photos, path, replace(config, steps=1, batch=10, lr=lr, start=str(kept or '')), device='cpu')
+    facts = json.loads(read_header(kept)['facts'])
+    assert [s['lr'] for s in facts['goes on from']] == [.001, .0005] and facts['settings']['lr'] == .0001
+    assert 'lr 0.001,' in (card := kept.with_suffix('.md').read_text()) and 'lr 0.0005,' in card

@@ -42,6 +42,17 @@ def test_scores(golden, name):
     assert abs(value.item() - golden[name].item()) <= TOL['psnr_db' if measure == 'psnr' else 'ssim']
 
 
+AS_NAMED = [('rgb', 'c0.{}'), ('rgb', '{}_uint8'), ('rgb-crop4', 'c4.{}'), ('y', 'c0.{}_y'), ('y-crop4', 'c4.{}_y')]
+
+
+@pytest.mark.parametrize('name, key', AS_NAMED)
+def test_named_protocols_to_the_printed_digit(golden, name, key):
+    for pair in ('pair0', 'pair1'):
+        out, hq = (as_batch(golden[f'in.{pair}.{k}']) for k in ('out', 'gt'))
+        for measure, f, digits in (('psnr', psnr, 2), ('ssim', ssim, 3)):
+            assert f'{f(out, hq, name).item():.{digits}f}' == f"{golden[f'f64.out.{pair}.{key.format(measure)}'].item():.{digits}f}"
+
+
 def test_a_wrong_protocol_does_not_pass(golden):
     for name in matching(SCORE):
         pair, crop, measure, variant = SCORE.match(name).groups()

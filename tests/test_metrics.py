@@ -20,7 +20,6 @@ from daclip_repro.photos import packaged_photos
 
 H, W = 45, 58
 OFFICIAL = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1., channel_axis=2) # of scikit-image
-FILE_PROTOCOLS = ('rgb', 'rgb-crop4', 'y', 'y-crop4')
 SMALL = torch.rand(3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 WORSE = (SMALL + .1*torch.randn(SMALL.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
 
@@ -48,7 +47,7 @@ def by_hand(img, protocol): # independent preparation: scikit-image's conversion
     return img[c:img.shape[0] - c, c:img.shape[1] - c]
 
 
-@pytest.mark.parametrize('name', FILE_PROTOCOLS)
+@pytest.mark.parametrize('name', M.PROTOCOLS)
 def test_thirty_files_agree_with_scikit_image_and_torchmetrics(pairs, name):
     from torchmetrics.functional.image import peak_signal_noise_ratio as tm_psnr
     from torchmetrics.functional.image import structural_similarity_index_measure as tm_ssim
@@ -58,12 +57,23 @@ def test_thirty_files_agree_with_scikit_image_and_torchmetrics(pairs, name):
         out, hq = (by_hand(x, p) for x in pair)
         assert psnrs[i].item() == pytest.approx(peak_signal_noise_ratio(hq, out, data_range=1.), abs=1e-6)
         theirs = structural_similarity(hq, out, **OFFICIAL)
-        assert ssims[i].item() == pytest.approx(theirs, abs=1e-8)
+        assert ssims[i].item() == pytest.approx(theirs, abs=1e-8 if p.round_uint8 else 1e-7) # unrounded, a float32 is k/255 only nearly
         o, h = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (out, hq))
         assert psnrs[i].item() == pytest.approx(tm_psnr(o, h, data_range=1.).item(), abs=1e-5) # its logarithm is taken in float32
         if i < 5: # torchmetrics counts windows over the reflected border as well: compare where the window fits
             _, full = tm_ssim(o, h, data_range=1., return_full_image=True)
             assert ssims[i].item() == pytest.approx(full[..., 5:-5, 5:-5].mean().item(), abs=1e-7)
+
+
+def test_real_numbers_are_rounded_only_where_the_protocol_says_so(pairs):
+    hq = as_batch([hq for _, hq in pairs])
+    out = (hq + .05*torch.randn(hq.shape, generator=torch.Generator().manual_seed(3))).double() # beyond [0,1] as well
+    rounded = (out.clamp(0, 1)*255).round()/255
+    for name, theirs, c in (('raw', out, 0), ('rgb', rounded, 0), ('rgb-crop4', rounded, 4)):
+        for i, ours in enumerate(M.psnr(out, hq, name).tolist()):
+            x, y = (im[i, :, c:H - c, c:W - c].double().numpy() for im in (theirs, hq))
+            assert ours == pytest.approx(peak_signal_noise_ratio(y, x, data_range=1.), abs=1e-5)
+            assert f'{ours:.2f}' == f'{peak_signal_noise_ratio(y, x, data_range=1.):.2f}'
 
 
 def test_a_batch_is_its_images_one_by_one(pairs):

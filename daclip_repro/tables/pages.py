@@ -9,7 +9,7 @@ __all__ = ['CLAIM_COLUMNS', 'GALLERY_NOTE', 'ORDER', 'BEFORE', 'AFTER', 'element
            'compare_element', 'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts', 'result_files',
            'section_parts', 'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
 
-# %% ../../nbs/tables/04_pages.ipynb #bb443d45
+# %% ../../nbs/tables/04_pages.ipynb #e18de40b
 import json
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ from .archive import Archive, read_archive
 from .gallery import line_name, line_names, read_gallery, shown
 from .tables import AVERAGE, BY, METRICS, QUALITY, headline, heading, number
 
-# %% ../../nbs/tables/04_pages.ipynb #33bbc81e
+# %% ../../nbs/tables/04_pages.ipynb #a12930f1
 def element(node) -> str: # HTML on one line
     "An element as text."
     return to_xml(node, indent=False).replace("\n", "")
@@ -37,7 +37,7 @@ def wide(
     "Something that scrolls within the page, with the keyboard too."
     return element(Div(node, cls="wide", tabindex="0", role="region", aria_label=label))
 
-# %% ../../nbs/tables/04_pages.ipynb #e9c18d11
+# %% ../../nbs/tables/04_pages.ipynb #aef7d87c
 class Cell(NamedTuple):
     "What stands in a cell of a table on the site."
     text:str # as in the Markdown
@@ -71,7 +71,7 @@ def sortable(
     if foot: parts.append(Tfoot(*map(line, foot)))
     return wide(Table(*parts, cls="sortable long" if long else "sortable", aria_label=label), label)
 
-# %% ../../nbs/tables/04_pages.ipynb #d7171fa3
+# %% ../../nbs/tables/04_pages.ipynb #f5ed540c
 def split_section(
     body:str, # a section of the Markdown page
 ) -> tuple: # the table as lists of texts, heads first (empty: none); the other paragraphs
@@ -88,7 +88,7 @@ def anchor(line:str, degradation:str=AVERAGE) -> str: # id of a row on the page 
     "Where the runs behind a number are listed."
     return "of-" + slug(line) + ("" if degradation == AVERAGE else "-" + slug(degradation))
 
-# %% ../../nbs/tables/04_pages.ipynb #b2506a94
+# %% ../../nbs/tables/04_pages.ipynb #b66b5864
 class Record(NamedTuple):
     "The CSV files of record of an experiment."
     table: pd.DataFrame # one line per metric, scope and line
@@ -106,7 +106,7 @@ def read_record(
     for c in ("mark", "mark_headline"): table[c] = table[c].fillna("")
     return Record(table, judged, [c for c in BY if c in table])
 
-# %% ../../nbs/tables/04_pages.ipynb #62a3ff14
+# %% ../../nbs/tables/04_pages.ipynb #1dc30fb8
 CLAIM_COLUMNS = {"published difference": "published", "our difference": "difference", "must exceed": "margin", "p": "p",
                  "better on": "improves"}
 
@@ -132,7 +132,7 @@ def known_values(
         known[tuple(str(c[b]) for b in by), head] = value, link(c)
     return known
 
-# %% ../../nbs/tables/04_pages.ipynb #878614f2
+# %% ../../nbs/tables/04_pages.ipynb #06c437fb
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(\.\d+)?(?=%|$| )")
 
 def read_number(text:str) -> float|None: # NaN where nothing is said, None for words
@@ -155,7 +155,7 @@ def cells_of(
         return Cell(body[i][k], *known.get((tuple(body[i][:keys]), head[k]), (read, "")))
     return [[cell(i, k) for k in range(len(head))] for i in range(len(body))]
 
-# %% ../../nbs/tables/04_pages.ipynb #3a8c9bef
+# %% ../../nbs/tables/04_pages.ipynb #2545c42f
 def short(run:str) -> str: return run[:8] # enough to tell runs apart on a page
 
 def safe(text:str) -> str: return text.replace("<", "&lt;") # in Markdown
@@ -187,7 +187,7 @@ def run_element(
     listed = [part for k, v in lines for part in (Dt(k), Dd(v))]
     return element(Section(ft("h3", "run ", Code(facts["run"])), Dl(*listed), cls="run", id=f"run-{facts['run']}"))
 
-# %% ../../nbs/tables/04_pages.ipynb #53202745
+# %% ../../nbs/tables/04_pages.ipynb #42001efd
 def runs_page(
     name:str, # experiment
     title:str, # its title
@@ -204,7 +204,7 @@ def runs_page(
         wide(Table(head, Tbody(*rows), cls="sortable"), "runs behind each number"),
         element(ft("h2", "The runs", id="runs")), *(run_element(r, here(r["run"])) for r in archive.runs)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #efd020f1
+# %% ../../nbs/tables/04_pages.ipynb #61cb0989
 def tile_element(
     tile:dict, # of gallery.json
     case:dict, # its case
@@ -216,7 +216,7 @@ def tile_element(
     src, what = f"{base}/{tile['file']}", f"{case['photo']}, {word}: {tile['line']}"
     told = [Span(f"{METRICS[m].label} {number(tile[m], METRICS[m].digits)} {METRICS[m].unit}".strip())
             for m in QUALITY if tile.get(m) is not None]
-    run = A(f"run {short(tile['run'])}", href=f"{runs}#run-{tile['run']}") if "run" in tile else Span("the clean photograph")
+    run = A(f"run {short(tile['run'])}", href=f"{runs}#run-{tile['run']}") if "run" in tile else Span("clean photograph")
     picture = Button(Img(src=src, alt=what, loading="lazy"), type="button", cls="tile", data_line=tile["line"],
                      aria_label=f"compare {what} ({case['case']})")
     return Td(picture, Span(Img(src=src, alt=f"detail of {what}", loading="lazy"), cls="crop"), Span(*told, run, cls="told"))
@@ -256,7 +256,7 @@ def gallery_element(
     table = wide(Table(Thead(head), Tbody(*rows), cls="cases"), f"{word}: every method")
     return element(Div(compare_element(entry, base), Safe(table), cls="gallery"))
 
-# %% ../../nbs/tables/04_pages.ipynb #4db20040
+# %% ../../nbs/tables/04_pages.ipynb #dc3da4ab
 GALLERY_NOTE = ("For each degradation the photographs of the test are ranked by the gain in PSNR of one method over the degraded input: "
                 "that of the first claim that has pictures. Shown are the best, the median and the worst. The crops are where the methods "
                 "differ most from each other. Every picture is {size}×{size} pixels, of seed {seed}, and the numbers are of that "
@@ -282,7 +282,7 @@ def gallery_parts(
                   gallery_element(entry, f"gallery/{e.name}", f"{e.name}-runs.html")]
     return parts
 
-# %% ../../nbs/tables/04_pages.ipynb #e821f1c4
+# %% ../../nbs/tables/04_pages.ipynb #9e2d72b1
 ORDER = ("daclip_unified", "daclip_specific", "daclip_embeddings", "daclip_classification", "daclip_mixed", "daclip_loss", "sampling")
 
 class Experiment(NamedTuple):
@@ -312,10 +312,10 @@ def facts(e:Experiment) -> str: # Markdown
 
 def result_files(name:str, root:Path) -> list: # paths
     "The tables and rows of an experiment, as files to take away."
-    ends = [f"{name}{end}" for end in (".csv", "_claims.csv", ".tex", ".json")]
+    ends = [f"{name}{end}" for end in (".csv", "_claims.csv", ".html", ".tex", ".json")]
     return [p for folder in ("tables", "records") for end in ends if (p := root/"results"/folder/end).is_file()]
 
-# %% ../../nbs/tables/04_pages.ipynb #a0d2fa9a
+# %% ../../nbs/tables/04_pages.ipynb #43322fbb
 def section_parts(
     title:str, # heading
     body:str, # Markdown below it
@@ -325,6 +325,9 @@ def section_parts(
     "A section of the Markdown page with a table that sorts."
     rows, notes = split_section(body)
     if not rows: return [f"## {title}", notes]
+    if title == "Claims": # what matters must not be out of sight on a narrow screen
+        first = [rows[0].index(h) for h in ("claim", "verdict", "our difference", "published difference") if h in rows[0]]
+        rows = [[r[k] for k in [*first, *(k for k in range(len(r)) if k not in first)]] for r in rows]
     cells = cells_of(rows, known_values(title, record, runs), len(record.by) if title.startswith(("Average", "Gain")) else 1)
     foot = [r for r in cells if title.startswith("Per degradation") and r[0].text == AVERAGE]
     return [f"## {title}", sortable(rows[0], [r for r in cells if r not in foot], title, foot), notes]
@@ -352,7 +355,7 @@ def experiment_page(
     files = [f"- [{p.parent.name}/{p.name}]({p.parent.name}/{p.name})" for p in result_files(e.name, root)]
     return "\n\n".join([*parts, "## Files", "\n".join(files)]) + "\n"
 
-# %% ../../nbs/tables/04_pages.ipynb #0de6d0f9
+# %% ../../nbs/tables/04_pages.ipynb #d3c482d1
 BEFORE = ("An experiment is a notebook that a sweep runs many times. Its page has the claims with our difference and a verdict, the "
           "pictures, the tables, the figures, and the runs behind each number. Nobody typed a number here: the pages are made from the "
           "rows that runs wrote.")
@@ -371,7 +374,10 @@ def overview_page(
     root:Path, # top of the repository
 ) -> str: # Markdown
     "Which experiments there are, and how they came out."
-    rows = [[Cell(e.title, None, f"{e.name}.html"), Cell(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", e.question)), Cell(verdicts(e, root)),
-             Cell("–", float("nan")) if e.archive is None else Cell(str(len(e.archive.runs)), len(e.archive.runs))] for e in found]
-    table = sortable(["experiment", "what it asks", "claims", "runs"], rows, "all experiments")
-    return "\n\n".join(["# Results", "> What was asked, what came out, and where every number is from.", BEFORE, table, AFTER]) + "\n"
+    def runs(e): return Cell("–", float("nan")) if e.archive is None else Cell(str(len(e.archive.runs)), len(e.archive.runs))
+    def question(e): return Cell(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", e.question)) # links of the notebook's line as their words
+    rows = [[Cell(e.title, None, f"{e.name}.html"), Cell(verdicts(e, root)), runs(e), question(e)] for e in found]
+    table = sortable(["experiment", "claims", "runs", "what it asks"], rows, "all experiments")
+    parts = ["# Results", "> What was asked, what came out, and where every number is from.", BEFORE, table, AFTER]
+    if curves := figure_parts("training", root): parts += ["## How the packaged weights were trained", *curves]
+    return "\n\n".join(parts) + "\n"

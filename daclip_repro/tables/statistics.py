@@ -27,13 +27,14 @@ def synthetic_rows(
     seeds:int=3, # sampling seeds per photograph
     degradations:tuple=WORDS, # names
     seed:int=0, # of the made-up numbers
+    gains:dict=TRUE_GAIN, # method → dB over the input at the largest number of steps
 ) -> pd.DataFrame: # one row per image in the columns of real rows, scale 'synthetic', `lpips` empty as where its weights are missing
     "Made-up rows with a known truth, for lessons and tests; never a result."
     rng = np.random.default_rng(seed)
-    groups = [('input', 0)] + [(m, s) for m in TRUE_GAIN for s in steps]
+    groups = [('input', 0)] + [(m, s) for m in gains for s in steps]
     g, d, p, s = (i.ravel() for i in np.indices((len(groups), len(degradations), photos, seeds)))
     loss = {'posterior': .08, 'input': 0.}
-    gain = np.array([TRUE_GAIN.get(m, 0.) - loss.get(m, .25) * np.log2(max(steps) / max(n, 1)) for m, n in groups])
+    gain = np.array([gains.get(m, 0.) - loss.get(m, .25) * np.log2(max(steps) / max(n, 1)) for m, n in groups])
     taste = rng.gamma(4, .15, (len(groups), photos)) - .6
     noise = rng.normal(0, .15, len(g))
     hard, level = rng.normal(0, 3, photos), rng.uniform(14, 26, len(degradations))
