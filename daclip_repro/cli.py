@@ -305,6 +305,13 @@ def _archive(sweep, profile, out, keep): # what tables are made of, and the runs
 def _rows(sweep, profile, archive): # what was kept, as tables and figures take it
     return archive.rows.assign(experiment=sweep.name, scale=profile)
 
+def _gallery(archive, sweep, out): # what became of its gallery, as a line to print; the pictures lie in the folders of the runs
+    from daclip_repro.sweeps.papermill import default_root
+    from daclip_repro.tables.gallery import write_gallery
+    path = os.path.relpath(out/"gallery"/sweep.name/"gallery.json")
+    if write_gallery(archive, sweep.claims, default_root(sweep.path)/sweep.name, out): return path
+    return f"{path}: " + ("kept; not all of its pictures are here" if os.path.exists(path) else "not available; no run kept pictures here")
+
 def _results(sweep, profile, archive, out): # its tables
     from daclip_repro.tables.tables import published, results
     papers = published(out/"published.csv") if (out/"published.csv").exists() else None
@@ -344,10 +351,13 @@ def tables(
             made = ", ".join(sorted({r["commit"][:10] for r in archive.runs}))
             typer.echo(f"{f}: no run is done with the code as it is now; from what was kept of commit {made}")
         found = _results(sweep, profile, archive, here)
-        if check: wrong += _differ(found, here)
+        if check:
+            from daclip_repro.tables.gallery import gallery_problems
+            wrong += [*_differ(found, here), *gallery_problems(archive, here)]
         else:
             from daclip_repro.tables.everything import write_results
             for path in write_results(found, here, _strips(runs), _rows(sweep, profile, archive)): typer.echo(os.path.relpath(path))
+            typer.echo(_gallery(archive, sweep, here))
     for sentence in wrong: typer.echo(sentence, err=True)
     if wrong: raise typer.Exit(1)
 

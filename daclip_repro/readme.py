@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'page_heading', 'book_pages', 'book', 'result_table', 'result_figure', 'relink', 'execute', 'to_markdown',
-           'write_readme', 'on_files', 'on_page_content']
+           'write_readme']
 
 # %% ../nbs/11_readme.ipynb #365d3c5c
 import json, posixpath, re, tempfile
@@ -73,12 +73,12 @@ def result_table(name:str, # file name below results/tables, without .md
     shown = [f"**{f}**\n\n{text}" for f,text in found.items() if not headings or f.startswith(headings)]
     return Markdown("\n\n".join([*shown, f"[All tables of this experiment](../{path}), generated from run records."]))
 
-def result_figure(name:str, # file name below results/figures, without .png
+def result_figure(name:str, # file name below results/figures; .png may be left out
     alt:str, # what the picture shows, for people who cannot see it
     root:str|Path|None=None, # top of the repository; None: the one that the working folder is in
 ) -> Markdown: # the picture, linked relative to nbs/, or the words "not run"
     "A generated picture of results/figures/."
-    path = f"results/figures/{name}.png"
+    path = f"results/figures/{name if Path(name).suffix else name + '.png'}"
     return Markdown(f"![{alt}](../{path})" if (Path(root or repo_root())/path).is_file() else _not_run(path))
 
 # %% ../nbs/11_readme.ipynb #0af43dfe
@@ -141,31 +141,3 @@ def write_readme(root:str|Path|None=None, # top of the repository; None: the one
     if not check:
         for f,text in behind.items(): write_atomic(f, text)
     return [str(f.relative_to(root)) for f in behind]
-
-# %% ../nbs/11_readme.ipynb #28e0d58e
-def on_files(files, config): # called by MkDocs with every file it found
-    "Add results/figures/ to the site."
-    from mkdocs.structure.files import File
-    root = Path(config.docs_dir).parent
-    for p in sorted((root/"results/figures").glob("*.png")):
-        files.append(File.generated(config, p.relative_to(root).as_posix(), abs_src_path=str(p)))
-    return files
-
-# %% ../nbs/11_readme.ipynb #f77030df
-_HREF = re.compile(r"""<a\ (?P<a>[^>]*?) href="(?P<href>[^"#]+)(?P<anchor>\#[^"]*)?" (?P<rest>[^>]*)>(?P<text>.*?)</a>
-    | (?P<img><img\ [^>]*?src=") (?P<src>[^"]+)""", re.S|re.X)
-
-def on_page_content(html, page, config, files): # called by MkDocs with each page's body
-    "Point links between notebooks, and to pictures of results/, at the files of the site."
-    folder = posixpath.dirname(page.file.src_uri)
-    def target(link): # None: not of this site
-        path = posixpath.normpath(posixpath.join("nbs", folder, link))
-        file = files.get_file_from_path(path.removeprefix("nbs/"))
-        return file and file.url_relative_to(page.file)
-    def move(m):
-        link = m["href"] or m["src"]
-        if not _is_local(link): return m[0]
-        url = target(link)
-        if m["src"]: return m["img"] + (url or link)
-        return f'<a {m["a"]}href="{url}{m["anchor"] or ""}"{m["rest"]}>{m["text"]}</a>' if url else m["text"]
-    return _HREF.sub(move, html)

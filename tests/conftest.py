@@ -1,4 +1,4 @@
-"A real Slurm for the tests, brought up for the first test that asks for it, gone with the last, whatever happens; and a real LaTeX."
+"A real Slurm for the tests, brought up for the first that asks for it, gone with the last, whatever happens; a real LaTeX and browser."
 import os
 import shutil
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import browser as br
 import latex
 import pytest
 import slurm_cluster as sc
@@ -48,3 +49,11 @@ def typeset():
     if packages := latex.missing():
         (pytest.fail if os.environ.get('CI') else pytest.skip)(f"LaTeX is not installed; missing: {' '.join(packages)}")
     return latex.typeset
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    "A headless Chromium, driven by Playwright."
+    try:
+        with br.chromium() as browser: yield browser
+    except br.NoBrowser as e: (pytest.fail if os.environ.get('CI') else pytest.skip)(str(e))
