@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from daclip_repro.tables.figures import write_results
+from daclip_repro.tables.everything import write_results
 from daclip_repro.tables.formats import write_tables
 from daclip_repro.tables.statistics import TRUE_GAIN, synthetic_rows
 from daclip_repro.tables.tables import METRICS, results
@@ -35,7 +35,7 @@ def all_tables(rows, folder):
     return write_tables(table, judged, folder, by)
 
 
-def everything(rows, folder): return write_results(results(rows, CLAIMS, 'synthetic'), folder)
+def everything(rows, folder): return write_results(results(rows, CLAIMS, 'synthetic'), folder, rows=rows)
 
 
 def seconds(function, rows):
