@@ -14,7 +14,20 @@ from scipy.stats import binomtest, kstest
 from torch.utils.data import DataLoader
 
 from daclip_repro.degradations import Draws, degrade
-from daclip_repro.wild import Step, add_noise, convolve, draw_plan, follow, lens_psf, make_kernel, resize, unblur, wild, wild_words
+from daclip_repro.wild import (
+    Step,
+    add_noise,
+    convolve,
+    display_psf,
+    draw_plan,
+    follow,
+    lens_psf,
+    make_kernel,
+    resize,
+    unblur,
+    wild,
+    wild_words,
+)
 
 N = 20_000
 MIX = {'iso': .35, 'aniso': .2, 'generalised iso': .1, 'generalised aniso': .03, 'plateau iso': .1, 'plateau aniso': .03,
@@ -209,6 +222,14 @@ def test_lenses_are_of_all_sizes_and_shift_nothing():
     assert make_kernel(Draws('test', [0]), 'psf', number=4) is lens_psf(4)
 
 
+def test_a_display_shows_copies_that_are_further_out_in_red_than_in_blue():
+    psf = display_psf()
+    assert psf.shape == (3, 41, 41) and psf.min() >= 0 and torch.allclose(psf.sum((1, 2)), torch.ones(3), atol=1e-5)
+    assert torch.allclose(psf, psf.flip(1, 2), atol=1e-6) and torch.allclose(psf, psf.transpose(1, 2))
+    beside = psf[:, 20, 24:] # of the image itself, which is at 20
+    assert beside.argmax(1).tolist() == [5, 4, 3] and (beside.amax(1) < .3 * psf[:, 20, 20]).all()
+
+
 def test_formulas_of_the_gaussian_families():
     g = torch.arange(19.) - 9
     for kind, beta in (('aniso', 1), ('generalised aniso', .7), ('plateau aniso', 1.2)):
@@ -284,6 +305,7 @@ def test_noise_has_the_strength_that_is_asked_for():
     rounding = 1 / 12
     for sigma in (1, 5): assert noise_on(.4, sigma=sigma).var().item() == pytest.approx(sigma**2 + rounding, rel=.03)
     for level in (.2, .8): assert noise_on(level, shot=.5).var().item() == pytest.approx(.25 * level / 256 * 255**2 + rounding, rel=.03)
+    assert abs(noise_on(.8, shot=.5).mean().item()) < .2 # counts that fall between two grey levels are rounded to one side
     both = noise_on(.4, sigma=3, shot=.5)
     assert both.var().item() == pytest.approx(9 + .25 * .4 / 256 * 255**2 + rounding, rel=.03)
     for gray in (dict(sigma=4, gray=True), dict(shot=.5, shot_gray=True)):
