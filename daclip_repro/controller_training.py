@@ -41,10 +41,12 @@ class ControllerConfig(LoopConfig):
     start: str = '' # DA-CLIP whose controller is gone on with, packaged or a file; '' for a new one
     content: str = 'caption' # what the content embedding is contrasted with: the 'caption', or CLIP's embedding of the clean 'image'
     positives: bool = False # samples that share a degradation word are positives of each other, not negatives
+    robust: float = 0. # weight of the L1 distance between the content embedding and CLIP's own of the clean photograph; 0: none
     micro: int = 0 # images that go through the towers at a time; 0: the whole batch
 
     def check(self):
         if self.content not in ('caption', 'image'): return f"content is {self.content!r}: expected one of caption, image"
+        if not 0 <= self.robust < float('inf'): return f"robust is {self.robust}: expected a weight of 0 or more"
         if self.micro < 0: return f"micro is {self.micro}: expected 0 or more"
 
 CONTROLLER_CONFIGS = {
@@ -291,17 +293,18 @@ def load_clip(
 @patch
 def targets(self:ControllerTrainer,
     batch:Batch,
-) -> tuple: # what the content is contrasted with, and the words' embeddings: B×D each, unit length; the words as numbers, or None
-    "The other side of the two contrasts, for the whole batch."
-    device, model = self.device, self.model
-    if self.config.content == 'image':
+) -> tuple: # partners of the content and of the degradation, B×D, unit length; the words as numbers or None; CLIP's clean ones or None
+    "The other side of the two contrasts and of the L1 distance, for the whole batch."
+    device, model, clean = self.device, self.model, None
+    if self.config.content == 'image' or self.config.robust:
         parts = batch.hq.to(device).split(self.config.micro or len(batch.hq))
-        with torch.no_grad(), self.autocast(): content = torch.cat([model.encode_image(model.prepare(p), control=False) for p in parts])
-        content = self.gather(F.normalize(content.float(), dim=-1))
+        with torch.no_grad(), self.autocast(): clean = torch.cat([model.encode_image(model.prepare(p), control=False) for p in parts])
+        clean = self.gather(F.normalize(clean.float(), dim=-1))
+    if self.config.content == 'image': content = clean
     elif batch.captions is None: raise ValueError("the photographs have no captions: give a table of captions, or set content: image")
     else: content = self.text(batch.captions)
     numbers = torch.tensor([sorted(set(batch.words)).index(w) for w in batch.words], device=device) if self.config.positives else None
-    return content, self.text(batch.words), numbers
+    return content, self.text(batch.words), numbers, clean
 
 @patch
 def gather(self:ControllerTrainer, own:Tensor) -> Tensor: # those of all processes, by rank
@@ -313,12 +316,13 @@ def gather(self:ControllerTrainer, own:Tensor) -> Tensor: # those of all process
 @patch
 def loss(self:ControllerTrainer,
     embeddings:Tensor, # B×2D, from `embed`
-    content:Tensor, words:Tensor, numbers:Tensor|None, # from `targets`
+    content:Tensor, words:Tensor, numbers:Tensor|None, clean:Tensor|None, # from `targets`
 ) -> Tensor: # scalar
-    "The sum of the two contrastive losses."
+    "The sum of the two contrastive losses and, where it has a weight, of the L1 distance to the clean embeddings."
     e_c, e_d = embeddings.chunk(2, dim=1)
     scale = self.model.logit_scale.exp()
-    return clip_loss(e_c, content, scale) + clip_loss(e_d, words, scale, numbers)
+    loss = clip_loss(e_c, content, scale) + clip_loss(e_d, words, scale, numbers)
+    return loss + self.config.robust * (e_c - clean).abs().sum(1).mean() if self.config.robust else loss
 
 # %% ../nbs/06d_controller_training.ipynb #bf76d635
 @patch

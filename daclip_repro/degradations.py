@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEGRADATIONS', 'Draws', 'smooth_field', 'motion_kernel', 'filter_each', 'noisy', 'jpeg_compressed', 'uncompleted',
-           'motion_blurry', 'hazy', 'low_light', 'rainy', 'snowy', 'shadowed', 'raindrop', 'degrade']
+           'motion_blurry', 'hazy', 'low_light', 'rainy', 'snowy', 'shadowed', 'raindrop', 'as_batch', 'degrade']
 
 # %% ../nbs/00_degradations.ipynb #680f9752
 from io import BytesIO
+from numbers import Integral
 from zlib import crc32
 
 import numpy as np
@@ -212,6 +213,20 @@ def raindrop(hq:Tensor, draws:Draws, severity:Tensor, drops:int=12) -> Tensor:
     return torch.lerp(hq, lens, cover[:, None])
 
 # %% ../nbs/00_degradations.ipynb #5d03d647
+def as_batch(
+    hq:Tensor, # B×3×H×W or 3×H×W
+    seed:int|list[int], # image i uses seed+i; a list gives each image its own
+) -> tuple[Tensor, list[int]]: # B×3×H×W, and B seeds
+    "Photographs and their seeds, checked."
+    if hq.ndim not in (3, 4) or hq.shape[-3] != 3 or 0 in hq.shape:
+        raise ValueError(f"hq has shape {tuple(hq.shape)}: expected 3×H×W or B×3×H×W with at least one pixel")
+    if not hq.is_floating_point(): raise ValueError(f"hq holds {hq.dtype}: expected floating-point numbers in [0,1]")
+    batch = hq.float() if hq.ndim == 4 else hq[None].float()
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(batch))]
+    if len(seeds) != len(batch) or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
+        raise ValueError(f"seed {seed} does not fit: expected {len(batch)} integers ≥ 0")
+    return batch, seeds
+
 def degrade(
     hq:Tensor, # clean image(s), B×3×H×W or 3×H×W, RGB in [0,1]
     degradation:str, # one of `DEGRADATIONS`
@@ -221,11 +236,7 @@ def degrade(
     "Degrade photographs by name; ValueError for an unknown word, a wrong shape or a negative severity."
     if degradation not in _MAKERS:
         raise ValueError(f"degradation {degradation!r} is unknown: expected one of {', '.join(DEGRADATIONS)}")
-    if hq.ndim not in (3, 4) or hq.shape[-3] != 3 or 0 in hq.shape:
-        raise ValueError(f"hq has shape {tuple(hq.shape)}: expected 3×H×W or B×3×H×W with at least one pixel")
-    batch = hq.float() if hq.ndim == 4 else hq[None].float()
-    seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(batch) or min(seeds) < 0: raise ValueError(f"seed {seed} does not fit: expected {len(batch)} integers ≥ 0")
+    batch, seeds = as_batch(hq, seed)
     severity = torch.as_tensor(severity, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(len(batch), 1, 1, 1)
     if not (severity >= 0).all() or severity.isinf().any(): raise ValueError("severity is negative or not finite: expected numbers ≥ 0")
     lq = _MAKERS[degradation](batch, Draws(degradation, seeds), severity)

@@ -79,7 +79,8 @@ def gradient(trainer): return torch.cat([p.grad.flatten() for p in trainer.model
 
 # the gradient of the whole batch
 
-@pytest.mark.parametrize('changes', [{}, dict(content='image'), dict(positives=True)], ids=['caption', 'image', 'positives'])
+@pytest.mark.parametrize('changes', [{}, dict(content='image'), dict(positives=True), dict(robust=.3)],
+                         ids=['caption', 'image', 'positives', 'robust'])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(config, source, tmp_path, changes):
     found = []
     for micro in (0, 1, 5, 100):
@@ -104,7 +105,7 @@ if trainer.rank == 0: torch.save((trainer.world, loss, [p.grad for p in trainer.
 """
 
 def test_two_processes_have_the_gradient_of_one(config, source, tmp_path):
-    one = move_links(ControllerTrainer(replace(config, content='image', positives=True), tmp_path/'one', 'cpu'))
+    one = move_links(ControllerTrainer(replace(config, content='image', positives=True, robust=.3), tmp_path/'one', 'cpu'))
     torch.save(one.model.visual_control.state_dict(), tmp_path/'controller.pt')
     torch.save(source.images, tmp_path/'images.pt')
     (tmp_path/'train.py').write_text(SCRIPT)
@@ -116,6 +117,27 @@ def test_two_processes_have_the_gradient_of_one(config, source, tmp_path):
     whole, two = gradient(one), torch.cat([g.flatten() for g in gradients])
     assert world == 2 and found == pytest.approx(expected, rel=1e-5) and whole.abs().max() > 1e-3
     assert (two - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_robust_adds_the_l1_distance_to_clip_of_the_clean_photograph(config, source, tmp_path):
+    plain, robust = (move_links(ControllerTrainer(replace(config, robust=weight), tmp_path, 'cpu')) for weight in (0., .3))
+    batch = plain.draw(source, 0)
+    seen, clean = robust.model.embed(batch.lq).content, robust.model.embed(batch.hq, control=False).content
+    distance = (seen / seen.norm(dim=1, keepdim=True) - clean / clean.norm(dim=1, keepdim=True)).abs().sum() / len(batch.lq)
+    assert distance > .1 and loss(robust, source) - loss(plain, source) == pytest.approx(.3 * distance.item(), rel=1e-4)
+    assert plain.targets(batch)[3] is None and not robust.targets(batch)[3].requires_grad
+    apart = (gradient(robust) - gradient(plain)).abs().max()
+    assert apart > 1e-4 and all(p.grad is None for p in robust.model.clip.parameters())
+
+
+def test_robust_training_brings_the_embeddings_together(config, source, tmp_path):
+    trainer = ControllerTrainer(replace(config, robust=10., steps=30, lr=3e-3), tmp_path, 'cpu')
+    batch = trainer.draw(source, 1000)
+    def distance():
+        with torch.no_grad(): return (trainer.embed(batch.lq).chunk(2, dim=1)[0] - trainer.targets(batch)[3]).abs().sum(1).mean().item()
+    before = distance()
+    trainer.fit(source, progress=False)
+    assert distance() < .9 * before
 
 
 def test_only_the_controller_is_trained_and_saved(config, source, tmp_path):
@@ -145,9 +167,9 @@ def test_the_scale_stays_below_a_hundred(config, source, tmp_path):
 def test_the_image_target_is_clip_of_the_clean_photograph(config, source, tmp_path):
     trainer = ControllerTrainer(replace(config, content='image'), tmp_path, 'cpu')
     batch = source.draw(trainer.config, step_rng(config, 0))
-    content, words, numbers = trainer.targets(batch)
+    content, words, numbers, clean = trainer.targets(batch)
     expected = trainer.model.embed(batch.hq, control=False).content
-    assert torch.allclose(content, expected / expected.norm(dim=1, keepdim=True), atol=1e-6) and numbers is None
+    assert torch.allclose(content, expected / expected.norm(dim=1, keepdim=True), atol=1e-6) and numbers is None and clean is content
     assert torch.allclose(words, trainer.model.embed_words(tuple(batch.words)), atol=1e-6)
 
 
@@ -307,7 +329,8 @@ def test_the_clip_comes_from_a_file_a_package_or_open_clip(clip, monkeypatch):
     assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('changes, named', [(dict(content='text'), 'content'), (dict(micro=-1), 'micro'), (dict(model=3), 'model')])
+@pytest.mark.parametrize('changes, named', [(dict(content='text'), 'content'), (dict(micro=-1), 'micro'), (dict(robust=-.1), 'robust'),
+                                            (dict(robust=float('nan')), 'robust'), (dict(model=3), 'model')])
 def test_bad_settings_are_named(changes, named):
     with pytest.raises(ValueError, match=named): make_config(changes, CONTROLLER_CONFIGS['daclip-paper'])
 
