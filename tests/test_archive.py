@@ -166,7 +166,7 @@ def test_one_number_changed_by_hand_names_its_run(committed, capsys):
 
 
 def test_a_run_taken_out_says_not_run_in_every_format(committed, monkeypatch, capsys):
-    monkeypatch.setattr('daclip_repro.tables.figures.write_results', lambda found, out, strips: write_tables(*found[:2], out, found.by))
+    monkeypatch.setattr('daclip_repro.tables.everything.write_results', lambda found, out, *_: write_tables(*found[:2], out, found.by))
     file, table = committed/'records/sampling.json', committed/'records/sampling.csv'
     facts, rows = json.loads(file.read_text()), pd.read_csv(table, dtype=str)
     gone = next(r for r in facts['runs'] if r['point']['degradation'] == 'noisy' and r['point']['steps'] == [100])
