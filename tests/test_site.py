@@ -18,8 +18,9 @@ from PIL import Image
 from sweep_tools import notebook
 
 from daclip_repro.tables.archive import Archive, fingerprint, write_archive
+from daclip_repro.tables.formats import write_tables
 from daclip_repro.tables.gallery import write_gallery
-from daclip_repro.tables.tables import results, write_tables
+from daclip_repro.tables.tables import results
 
 ROOT = Path(__file__).parent.parent
 PAGE, RUNS = 'results/made_up.html', 'results/made_up-runs.html'
@@ -58,12 +59,12 @@ def made_up(root):
     first = root/'results/runs/made_up'/('1' * 16)
     notebook(first/'executed.ipynb', 'print("it ran")')
     (first/'parameters.json').write_text('{}')
-    notebook(root/'experiments/made_up.ipynb', '1')
-    text = json.loads((root/'experiments/made_up.ipynb').read_text())
-    text['cells'].insert(0, dict(cell_type='markdown', metadata={}, source='# Made up <here>\n\n> Nothing & nobody.'))
-    (root/'experiments/made_up.ipynb').write_text(json.dumps(text))
-    (root/'experiments/made_up.yaml').write_text(json.dumps(dict(notebook='made_up.ipynb', claims=[CLAIM], profiles=dict(
-        miniature=dict(points=[dict(method=m) for m in METHODS], time_limit_minutes=5)))))
+    for name, title in dict(made_up='Made up <here>', never='Never run').items():
+        content = json.loads(notebook(root/f'experiments/{name}.ipynb', '1').read_text())
+        content['cells'].insert(0, dict(cell_type='markdown', metadata={}, source=f'# {title}\n\n> Nothing & nobody.'))
+        (root/f'experiments/{name}.ipynb').write_text(json.dumps(content))
+        (root/f'experiments/{name}.yaml').write_text(json.dumps(dict(notebook=f'{name}.ipynb', claims=[CLAIM], profiles=dict(
+            miniature=dict(points=[dict(method=m) for m in METHODS], time_limit_minutes=5)))))
 
 
 def build(folder):
@@ -101,12 +102,17 @@ def address(request, site):
         with br.served(site) as url: yield url
 
 
+def is_bad(message):
+    "An error or a warning, but for the icon that browsers ask for where a page names none."
+    return message.type in ('error', 'warning') and not message.location['url'].endswith('/favicon.ico')
+
+
 class Visit:
     "A tab that notes what a visitor of good faith should never cause."
     def __init__(self, chromium, address, **kw):
         self.context = chromium.new_context(**dict(viewport=dict(width=1280, height=900)) | kw)
         self.tab, self.address, self.wrong = self.context.new_page(), address, []
-        self.tab.on('console', lambda m: self.wrong.append(f'{m.type}: {m.text}') if m.type in ('error', 'warning') else None)
+        self.tab.on('console', lambda m: self.wrong.append(f'{m.type}: {m.text}') if is_bad(m) else None)
         self.tab.on('pageerror', lambda e: self.wrong.append(str(e)))
         self.tab.on('requestfailed', lambda r: self.wrong.append(f'failed: {r.url}') if r.failure != 'net::ERR_ABORTED' else None) # went on
         self.tab.on('request', lambda r: self.wrong.append(f'left the site: {r.url}') if not r.url.startswith((address, 'data:')) else None)
@@ -282,7 +288,8 @@ def test_a_number_leads_to_its_runs_and_they_to_the_notebook(visit):
 def test_what_is_not_here_says_so(visit):
     tab = visit(RUNS)
     assert tab.locator(f'#run-{"2" * 16}').inner_text().count('not on this machine') == 2
-    assert 'not run' in visit('results/index.html').locator('table tbody').inner_text()
+    assert 'not run' in visit('results/index.html').locator('table tbody tr', has_text='Never run').inner_text()
+    assert 'daclip sweep experiments/never.yaml' in visit('results/never.html').locator('article').inner_text()
 
 
 def test_the_page_has_the_numbers_of_record(site, visit):
