@@ -24,7 +24,7 @@ DEGRADATIONS = ('motion-blurry', 'hazy', 'jpeg-compressed', 'low-light', 'noisy'
 class Draws:
     "Random numbers for a batch in which image i depends on its own seed only."
     def __init__(self,
-        word:str, # degradation; two degradations with the same seed share no numbers
+        word:str, # degradation; torch takes 32 bits of a seed, so half of the words share their numbers under the same seed
         seeds:list[int], # one seed per image, ≥ 0
     ):
         self.rngs = [torch.Generator().manual_seed((crc32(word.encode()) << 31) ^ s) for s in seeds]
