@@ -169,8 +169,7 @@ def _line(r, degradation): # what became of one file
 def restore(
     inputs:Annotated[list[Path], typer.Argument(metavar="INPUT...", help="photographs, and folders of them")],
     out:Annotated[Path, typer.Option(help="folder for the results")],
-    weights:Annotated[str|None, typer.Option(help="name of packaged weights, or a file of them; default: unified-miniature, which sees "
-                                                  "what is wrong, or sampling-miniature where --degradation tells it")]=None,
+    weights:Annotated[str, typer.Option(help="name of packaged weights, or a file of them")]="sampling-miniature",
     degradation:Annotated[str|None, typer.Option(help="what is wrong with the photographs, for weights that cannot see it")]=None,
     method:Annotated[str, typer.Option(help="posterior, sde or ode")]="posterior",
     steps:Annotated[int, typer.Option(help="network calls for each tile", min=1)]=10,
@@ -185,7 +184,6 @@ def restore(
     "Restore photographs of any size."
     from daclip_repro.restore import Restorer, plan_files
     plan_files(inputs, out) # what is wrong with the names is said before anything is loaded
-    weights = weights or ("sampling-miniature" if degradation else "unified-miniature")
     restorer = Restorer.from_weights(weights, device, tile=tile or None, overlap=overlap, batch=batch, precision=precision)
     if restorer.model.words and degradation is None:
         raise ValueError(f"--degradation is missing: {weights} cannot see it, so tell one of {', '.join(restorer.model.words)}")

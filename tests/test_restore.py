@@ -403,7 +403,7 @@ def test_wrong_command_is_one_sentence_and_changes_nothing(files, line, names, h
 
 
 def test_weights_that_must_be_told_say_so(here, capsys):
-    assert main(["restore", "photos", "--out", "out", "--weights", "sampling-miniature"]) == 2
+    assert main(["restore", "photos", "--out", "out"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "--degradation" in err and "rainy" in err and not Path("out").exists()
 
