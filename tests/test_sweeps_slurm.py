@@ -120,7 +120,7 @@ def test_preempted_by_somebody_more_important(slurm, tmp_path, grace):
 
 
 def test_time_limit_in_the_middle_of_a_run(slurm, tmp_path):
-    path = slow_sweep(tmp_path, runs=2, pause=4., minutes=1, grace_seconds=40)
+    path = slow_sweep(tmp_path, runs=2, pause=8., minutes=1, grace_seconds=40) # 64 seconds of work: never done within the limit
     send(path)
     wait_for(lambda: ended(path))
     check_table(path, restarts=5)
