@@ -134,6 +134,7 @@ def train(
     out:Annotated[Path, typer.Option(help="folder for checkpoints and weights")],
     photos:Annotated[Path|None, typer.Option(help="folder of photographs, which are degraded as they are needed")]=None,
     pairs:Annotated[Path|None, typer.Option(help="folder with {train,val}/<degradation>/{LQ,GT}, in place of photographs")]=None,
+    held_out:Annotated[Path|None, typer.Option(help="folder of photographs to validate on; default: every 25th of PHOTOS")]=None,
     captions:Annotated[Path|None, typer.Option(help="for a DA-CLIP: CSV file,label beside photographs; for pairs the table "
                                                     "filepath,title of DA-CLIP's authors")]=None,
     config:Annotated[str, typer.Option(help="a configuration's name, or a YAML file")]="sampling-miniature",
@@ -149,9 +150,11 @@ def train(
     if (photos is None) == (pairs is None): raise ValueError("train: expected --photos or --pairs, one of the two")
     name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS)
     if steps: chosen = make_config(dict(steps=steps), chosen)
-    source = pairs or photo_folder(photos, captions)
-    if isinstance(chosen, TrainConfig): made = train_command(source, out, chosen, name, about=about)
-    elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, about=about)
+    source, others = pairs or photo_folder(photos, captions), photo_folder(held_out) if held_out else None
+    more = dict(about=about, held_out=others)
+    if isinstance(chosen, TrainConfig): made = train_command(source, out, chosen, name, **more)
+    elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, **more)
+    elif held_out: raise ValueError(f"train: {name} holds out photographs of its own: leave --held-out away")
     elif pairs: raise ValueError(f"train: {name} learns from labelled photographs: give --photos and --captions")
     else: made = train_base_clip(source, out, chosen, name, about=about)
     typer.echo(made)

@@ -45,7 +45,7 @@ def trained(
     with TemporaryDirectory() if not run_dir else nullcontext(run_dir) as folder:
         trainer = RestorerTrainer(config, folder)
         def tell(trainer): return progress.update(trainer.step) if progress else None
-        log = trainer.fit(to_bytes(photos), save_every=200, log_every=min(50, config.steps), watch=(tell,), progress=False)
+        log = trainer.fit(to_bytes(photos, config.side), save_every=200, log_every=min(50, config.steps), watch=(tell,), progress=False)
         model = trainer.average.module.eval()
         if run_dir: save_weights(model, config, Path(folder)/'weights.safetensors')
     return model, dict(steps=config.steps, training_seconds=log[-1]['seconds'], parameters=sum(p.numel() for p in model.net.parameters()))
