@@ -1530,6 +1530,7 @@ d = { 'settings': { 'branch': 'main',
                                    'daclip_repro.wild.make_kernel': ('wild.html#make_kernel', 'daclip_repro/wild.py'),
                                    'daclip_repro.wild.resize': ('wild.html#resize', 'daclip_repro/wild.py'),
                                    'daclip_repro.wild.to_8_bits': ('wild.html#to_8_bits', 'daclip_repro/wild.py'),
+                                   'daclip_repro.wild.to_gray': ('wild.html#to_gray', 'daclip_repro/wild.py'),
                                    'daclip_repro.wild.unblur': ('wild.html#unblur', 'daclip_repro/wild.py'),
                                    'daclip_repro.wild.wild': ('wild.html#wild', 'daclip_repro/wild.py'),
                                    'daclip_repro.wild.wild_words': ('wild.html#wild_words', 'daclip_repro/wild.py')}}}

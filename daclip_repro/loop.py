@@ -23,12 +23,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 from .degradations import DEGRADATIONS, degrade
 from .photos import PairFolder, Photo, atomic, random_crop
-from .wild import SMALLEST, WILD_COMBINATIONS, wild
+from .wild import SMALLEST, WILD_COMBINATIONS, to_gray, wild
 
 # %% ../nbs/06b_loop.ipynb #508c382d
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def maybe_gray(
     rng:torch.Generator,
 ) -> Tensor: # the same, or gray in all three channels
     "Turn a share of the photographs gray."
-    return rgb_to_grayscale(hq, 3) if config.gray and torch.rand((), generator=rng) < config.gray else hq
+    return to_gray(hq).expand_as(hq) if config.gray and torch.rand((), generator=rng) < config.gray else hq
 
 def draw_pair(
     source:Sequence[Tensor]|Pairs, # photographs, uint8 3×H×W, to be degraded; or pairs

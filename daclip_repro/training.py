@@ -203,7 +203,7 @@ CONFIGS['wild-paper'] = TrainConfig(network=dict(scale=.5), condition='content',
 CONFIGS['noise-miniature'] = replace(CONFIGS['sampling-miniature'], parametrisation='noise', steps=1500, restarts=())
 CONFIGS['unified-miniature'] = replace(CONFIGS['sampling-miniature'], condition='both', steps=6000, restarts=())
 CONFIGS['wild-miniature'] = replace(CONFIGS['unified-miniature'], condition='content', daclip='wild-daclip-miniature', chain='wild',
-                                    gray=.1, batch=32)
+                                    gray=.1, batch=32, steps=4000)
 
 # %% ../nbs/08_training.ipynb #472f3370
 def build(

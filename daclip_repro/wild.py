@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZED', 'ROUNDS', 'KERNELS', 'MODES', 'PSFS', 'WILD_WORDS', 'WILD_COMBINATIONS', 'SMALLEST', 'Round', 'Step',
            'draw_plan', 'wild_words', 'make_kernel', 'lens_psf', 'display_psf', 'convolve', 'unblur', 'blur', 'resize',
-           'to_8_bits', 'add_noise', 'jpeg', 'follow', 'wild']
+           'to_8_bits', 'to_gray', 'add_noise', 'jpeg', 'follow', 'wild']
 
 # %% ../nbs/00b_wild.ipynb #27bde715
 from functools import cache
@@ -222,6 +222,12 @@ def resize(
 # %% ../nbs/00b_wild.ipynb #772fe701
 def to_8_bits(x): return (x.clamp(0, 1) * 255).round() / 255
 
+def to_gray(
+    x:Tensor, # 3×H×W, RGB
+) -> Tensor: # 1×H×W
+    "Brightness, weighted as in Rec. 601."
+    return torch.tensordot(torch.tensor([.299, .587, .114]), x, 1)[None]
+
 def add_noise(
     x:Tensor, # 3×H×W
     draws:Draws,
@@ -234,7 +240,7 @@ def add_noise(
     if sigma: noise = noise + sigma / 255 * draws.normal(1 if gray else 3, *x.shape[1:])[0]
     if shot:
         light = x.clamp(0, 1)
-        if shot_gray: light = torch.tensordot(torch.tensor([.299, .587, .114]), light, 1)[None]
+        if shot_gray: light = to_gray(light)
         noise = noise + shot * (torch.poisson(256 * light, generator=draws.rngs[0]) / 256 - light)
     return to_8_bits(x + noise)
 

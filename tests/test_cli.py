@@ -72,6 +72,12 @@ MALFORMED = {
     "train: pairs for a CLIP": ({}, "train --out o --pairs photos --config clip-miniature", "labelled photographs"),
     "train: a DA-CLIP without captions":
         ({"c.yaml": "base: daclip-miniature\ncontent: caption"}, "train --out o --photos photos --config c.yaml", "has no caption"),
+    "train: photographs to hold out of pairs": ({}, "train --out o --pairs photos --held-out photos", "their own folder val"),
+    "train: photographs to hold out of a CLIP's":
+        ({}, "train --out o --photos photos --held-out photos --config clip-miniature", "--held-out"),
+    "train: wild pairs": ({"c.yaml": "chain: wild\ncondition: none"}, "train --out o --pairs photos --config c.yaml", "chain is 'wild'"),
+    "train: unknown chain": ({"c.yaml": "chain: tame"}, "train --out o --photos photos --config c.yaml", "words, wild"),
+    "train: too gray": ({"c.yaml": "gray: 1.5"}, "train --out o --photos photos --config c.yaml", "gray"),
     "train: no steps": ({}, "train --photos photos --out o --steps 0", "--steps"),
     "sweep: no file": ({}, "sweep nothere.yaml", "nothere.yaml"),
     "sweep: no YAML": ({"s.yaml": "a: [1"}, "sweep s.yaml", "s.yaml"),

@@ -28,6 +28,7 @@ from daclip_repro.controller_training import (
 from daclip_repro.loop import make_config, step_rng
 from daclip_repro.photos import Photo, read_captions, save_image
 from daclip_repro.unet import read_header
+from daclip_repro.wild import WILD_COMBINATIONS
 
 TINY = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=2, head_width=32),
             text_cfg=dict(context_length=16, vocab_size=614, width=32, heads=2, layers=1))
@@ -364,6 +365,22 @@ def test_the_validator_asks_every_word(config, tmp_path):
     assert watch(trainer) == {}
     trainer.step = 4
     assert watch(trainer)['closer'] == 0 and 0 <= watch(trainer)['accuracy'] <= .3
+
+
+def test_the_wild_chain_names_what_it_did(config, source, tmp_path):
+    wild = replace(config, chain='wild', patch=32)
+    batch = source.draw(wild, step_rng(wild, 0))
+    some = source.draw(wild, step_rng(wild, 0), rows=torch.tensor([1, 4]))
+    assert torch.equal(some.lq, batch.lq[[1, 4]]) and some.words == batch.words and set(batch.words) < set(WILD_COMBINATIONS)
+    assert ((batch.lq - batch.hq).abs().amax((1, 2, 3)) > 0).tolist() == [w != 'clean' for w in batch.words]
+    trainer = ControllerTrainer(wild, tmp_path, 'cpu')
+    assert trainer.model.words == WILD_COMBINATIONS and loss(trainer, source) > 0
+    assert controller_validator([Photo('a', lambda: picture(0))], wild, every=1)(trainer) == {'closer': 0}
+
+
+def test_photographs_to_validate_on_are_not_for_pairs(config, folder, tmp_path):
+    with pytest.raises(ValueError, match='validated on their own folder'): train_controller(folder, tmp_path, config, held_out=[])
+    with pytest.raises(ValueError, match="chain is 'wild'"): train_controller(folder, tmp_path, replace(config, chain='wild', patch=32))
 
 
 def test_a_word_of_the_folders_alone(folder):

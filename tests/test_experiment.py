@@ -4,13 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from daclip_repro.controller import DACLIP, make_clip
+from daclip_repro.controller import DACLIP, load_daclip, make_clip
+from daclip_repro.controller_training import CONTROLLER_CONFIGS
 from daclip_repro.degradations import degrade
-from daclip_repro.experiment import measure, train_and_test, trained
+from daclip_repro.experiment import measure, train_and_test, trained, trained_daclip
 from daclip_repro.irsde import IRSDE
 from daclip_repro.nafnet import NAFNet
 from daclip_repro.photos import packaged_photos, save_image
 from daclip_repro.training import CONFIGS, Denoiser, Regressor, load_weights
+from daclip_repro.wild import WILD_COMBINATIONS, wild
 
 CLIP = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=1, head_width=32),
             text_cfg=dict(context_length=16, vocab_size=614, width=32, heads=2, layers=1))
@@ -66,6 +68,14 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
     assert (kept.sample(lq) - model.sample(lq)).abs().max() < 2e-3 and not kept.training
 
 
+def test_a_controller_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
+    train, config = packaged_photos()[:2], replace(CONTROLLER_CONFIGS['wild-daclip-miniature'], steps=4, batch=2, patch=32, warmup=1)
+    with pytest.raises(KeyboardInterrupt): trained_daclip(replace(config, steps=4), train, tmp_path/'stopped', Steps(stop=4))
+    paths = [trained_daclip(config, train, tmp_path/folder)[0] for folder in ('stopped', 'straight')]
+    one, two = map(load_daclip, paths)
+    assert same(one, two) and one.words == list(WILD_COMBINATIONS) and not same(one, load_daclip())
+
+
 def test_another_seed_is_another_network():
     one, two = (trained(replace(CONFIG, seed=s), packaged_photos()[:2])[0] for s in (0, 1))
     assert not same(one, two)
@@ -80,6 +90,8 @@ def test_the_input_is_measured_without_a_restorer():
     stamps = [(r['image'], r['degradation'], r['seed'], r['method'], r['seconds']) for r in rows]
     assert stamps == [(n, 'hazy', 2, 'input', 0) for n in 'abc']
     assert not torch.equal(out, measure(None, hq, list('abc'), 'hazy', seed=3, metrics=('psnr',))[1])
+    hq = photos(size=32)
+    assert torch.equal(measure(None, hq, list('abc'), 'wild', seed=2, metrics=('psnr',))[1], wild(hq, 2000)[0])
 
 
 class Knows(torch.nn.Module):

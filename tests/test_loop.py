@@ -11,8 +11,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from daclip_repro.degradations import DEGRADATIONS
-from daclip_repro.loop import LoopConfig, Pairs, Trainer, deal_words, draw_pair, learning_rate, load_config, make_config, step_rng, to_bytes
-from daclip_repro.photos import save_image
+from daclip_repro.loop import (
+    LoopConfig,
+    Pairs,
+    Trainer,
+    deal_words,
+    draw_pair,
+    learning_rate,
+    load_config,
+    make_config,
+    maybe_gray,
+    step_rng,
+    to_bytes,
+)
+from daclip_repro.photos import photo_folder, save_image
+from daclip_repro.wild import WILD_COMBINATIONS
 
 CONFIG = LoopConfig(steps=12, batch=2, patch=16, zoom=2., lr=1e-2, warmup=2, ema=.9, ema_every=1)
 CONFIGS = dict(toy=CONFIG, other=replace(CONFIG, steps=3))
@@ -298,6 +311,32 @@ def test_photographs_are_shrunk_to_bytes_and_never_enlarged():
     large, small = to_bytes([Fake(60, 90), Fake(20, 30)], side=30)
     assert large.shape == (3, 30, 45) and small.shape == (3, 20, 30)
     assert large.dtype == torch.uint8 and large.unique().tolist() == [128]
+
+
+def test_photographs_may_stay_on_disk(tmp_path):
+    save_image(picture := torch.rand(3, 40, 30).mul(255).round().div(255), tmp_path/'a.png')
+    lazy = to_bytes(photo_folder(tmp_path), side=0)
+    assert len(lazy) == 1 and torch.equal(lazy[0], (picture * 255).round().byte()) # as large as it is
+    config = replace(CONFIG, patch=16)
+    assert all(torch.equal(a, b) for a, b in zip(*(draw_pair(s, 'hazy', config, step_rng(config, 0))[:2] for s in (lazy, [lazy[0]]))))
+    (tmp_path/'a.png').unlink()
+    with pytest.raises(FileNotFoundError, match='a.png'): lazy[0]
+
+
+def test_the_wild_chain_depends_on_the_seed_and_the_step_alone(images):
+    config = replace(CONFIG, chain='wild', patch=32)
+    assert deal_words(config, step_rng(config, 0)) == [''] * config.batch and config.words == WILD_COMBINATIONS
+    (hq, lq, i), again = (draw_pair(images, '', config, step_rng(config, 3)) for _ in range(2))
+    assert torch.equal(hq, again[0]) and torch.equal(lq, again[1]) and not torch.equal(hq, lq)
+    gray, _, j = draw_pair(images, '', replace(config, gray=1.), step_rng(config, 3))
+    assert i == j and torch.equal(gray[0], gray[2]) and (gray[0] - hq.mean(0)).abs().max() < .3
+
+
+def test_a_tenth_turns_gray():
+    hq, config = torch.rand(3, 4, 4), replace(CONFIG, gray=.1)
+    turned = sum(torch.equal(*maybe_gray(hq, config, step_rng(config, k))[:2]) for k in range(2000))
+    assert 150 < turned < 250 # 200 are expected, with a deviation of 13
+    assert not any(torch.equal(*maybe_gray(hq, CONFIG, step_rng(CONFIG, k))[:2]) for k in range(100))
 
 
 # pairs with words of one's own

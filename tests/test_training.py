@@ -117,10 +117,22 @@ def test_train_command_makes_weights_card_and_log(tmp_path, capsys):
     assert load_weights(path).words and (tmp_path/'out'/'log.csv').exists() and path.with_suffix('.md').exists()
 
 
+def test_train_command_on_the_wild_chain_validates_on_other_photographs(tmp_path, capsys):
+    photos = [Photo(p.name, p.load) for p in packaged_photos()[:3]]
+    config = replace(CONFIGS['wild-miniature'], network=SMALL['network'], condition='none', steps=50, batch=1, patch=32, warmup=1)
+    path = train_command(photos, tmp_path, config, 'wild', device='cpu', held_out=photos[:1])
+    assert '3 photographs to train on, 1 held out' in capsys.readouterr().out
+    assert 'gain' in (tmp_path/'log.csv').read_text() and 'daclip_repro.wild' in path.with_suffix('.md').read_text()
+    pairs = tmp_path/'pairs'
+    with pytest.raises(ValueError, match="pairs: pairs are degraded already, but chain is 'wild'"): train_command(pairs, tmp_path, config)
+    words = replace(config, chain='words')
+    with pytest.raises(ValueError, match='pairs: pairs are validated on their own'): train_command(pairs, tmp_path, words, held_out=photos)
+
+
 BAD_CONFIGS = [ # what is wrong with the loop's own keys is in test_loop.py
     ('parametrisation: velocity', 'velocity'), ('network: {width: 3}', 'width'), ('sde: {schedule: quadratic}', 'quadratic'),
     ('network: {context_dim: 3}', 'context_dim'), ('condition: blind', 'blind'), ('{method: airnet, condition: both}', 'airnet'),
-    ('method: unet', 'unet'), ('lr: -1.0', 'lr'),
+    ('method: unet', 'unet'), ('lr: -1.0', 'lr'), ('{chain: wild, condition: word}', 'no single word'),
 ]
 
 @pytest.mark.parametrize('text, named', BAD_CONFIGS)
