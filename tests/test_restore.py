@@ -326,7 +326,7 @@ def test_a_result_says_how_it_was_made(here):
 
 def test_the_predicted_degradation_is_printed(here, capsys, monkeypatch):
     class Seeing(Recorder):
-        words, daclip = (), nn.Linear(1, 1)
+        words, daclip, condition = (), nn.Linear(1, 1), 'both'
         daclip.words = ("scratched", "faded")
         def classify(self, lq): return torch.tensor([[.45, .55]])
     monkeypatch.setattr("daclip_repro.restore.load_weights", lambda source, device="cpu": Seeing())
