@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce reproduce-daclip test lab bench docs slurm-up slurm-down clean
+.PHONY: help setup reproduce reproduce-daclip reproduce-wild test lab bench docs slurm-up slurm-down clean
 
 help:       ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -21,13 +21,18 @@ reproduce: setup ## run the miniature sweep, then write its table and figures to
 	@$(BIN)/daclip readme
 
 # The folders are linked into experiments/, where the sweep files look for them; each is hashed, so that a run knows its photographs.
-DACLIP_SWEEPS := daclip_classification daclip_loss daclip_specific daclip_embeddings daclip_unified daclip_mixed
-reproduce-daclip: setup ## PHOTOS=… CBSD68=… LIVE1=…: DA-CLIP's sweeps, some four hours on two cores; photographs to train on, and two test sets (continues too)
-	@link() { [ -d "$$2" ] || { echo "make reproduce-daclip: $$1 must name a folder of photographs, as in $$1=~/photos" >&2; return 1; }; \
-	  ln -sfn "$$(realpath "$$2")" "experiments/$$3"; }; \
-	link PHOTOS "$(PHOTOS)" photographs && link CBSD68 "$(CBSD68)" cbsd68 && link LIVE1 "$(LIVE1)" live1
-	@for name in $(DACLIP_SWEEPS); do $(BIN)/daclip sweep experiments/$$name.yaml --workers $(WORKERS) && \
+LINK = link() { [ -d "$$2" ] || { echo "make $@: $$1 must name a folder of photographs, as in $$1=~/photos" >&2; return 1; }; \
+	  ln -sfn "$$(realpath "$$2")" "experiments/$$3"; }
+SWEEP = for name in $(1); do $(BIN)/daclip sweep experiments/$$name.yaml --workers $(WORKERS) && \
 	  $(BIN)/daclip tables experiments/$$name.yaml || exit; done
+
+reproduce-daclip: setup ## PHOTOS=… CBSD68=… LIVE1=…: DA-CLIP's sweeps, some four hours on two cores; photographs to train on, and two test sets (continues too)
+	@$(LINK); link PHOTOS "$(PHOTOS)" photographs && link CBSD68 "$(CBSD68)" cbsd68 && link LIVE1 "$(LIVE1)" live1
+	@$(call SWEEP,daclip_classification daclip_loss daclip_specific daclip_embeddings daclip_unified daclip_mixed)
+
+reproduce-wild: setup ## PHOTOS=…: robust DA-CLIP's sweeps, some three hours on two cores; photographs to train on (continues too)
+	@$(LINK); link PHOTOS "$(PHOTOS)" photographs
+	@$(call SWEEP,wild_ablation wild_mixed wild_real)
 
 test: setup ## all checks: notebooks in step with the package, README, ruff, notebooks, pytest
 	@WORKERS=$(WORKERS) bash .ci/test

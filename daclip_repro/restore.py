@@ -194,9 +194,9 @@ def from_weights(cls:Restorer,
 @patch
 def degradation(self:Restorer,
     lq:Tensor, # 3×H×W; float32 in [0,1], or uint8
-) -> tuple[str, float]|None: # the likeliest word and its probability; None for weights that cannot tell
+) -> tuple[str, float]|None: # the likeliest word and its probability; None for weights that no DA-CLIP tells one
     "What a DA-CLIP in the weights sees."
-    if self.model.daclip is None: return None
+    if self.model.daclip is None or self.model.condition not in ('degradation', 'both'): return None
     p = self.model.classify(self._whole(lq))[0]
     return self.model.daclip.words[int(p.argmax())], float(p.max())
 

@@ -178,6 +178,9 @@ def test_restorers_conditioned_on_daclip(config):
     assert restored.shape == image.shape and restored.isfinite().all() and 0 <= restored.min() <= restored.max() <= 1
     if config.condition == "none": return
     with pytest.raises(ValueError, match="read it off"): restorer(image, degradation="hazy")
+    if config.condition == "clip":
+        assert restorer.degradation(image) is None
+        return
     word, probability = restorer.degradation(image)
     p = model.classify(image[None])[0]
     assert word == DEGRADATIONS[p.argmax()] and probability == pytest.approx(p.max().item())
@@ -323,7 +326,7 @@ def test_a_result_says_how_it_was_made(here):
 
 def test_the_predicted_degradation_is_printed(here, capsys, monkeypatch):
     class Seeing(Recorder):
-        words, daclip = (), nn.Linear(1, 1)
+        words, daclip, condition = (), nn.Linear(1, 1), 'both'
         daclip.words = ("scratched", "faded")
         def classify(self, lq): return torch.tensor([[.45, .55]])
     monkeypatch.setattr("daclip_repro.restore.load_weights", lambda source, device="cpu": Seeing())
