@@ -355,7 +355,7 @@ train one like it.
 def packaged_weights() -> dict: # name -> path
     "Restorers that this package ships."
     found = {p.name.removesuffix('.safetensors'): Path(str(p)) for p in (files('daclip_repro') / 'weights').glob('*.safetensors')}
-    return {name: path for name, path in found.items() if read_header(path).get('kind') != 'daclip'}
+    return {name: path for name, path in found.items() if 'kind' not in read_header(path)}
 
 def load_weights(
     source:str|Path, # name of packaged weights, or a .safetensors file of `save_weights`
@@ -366,7 +366,7 @@ def load_weights(
     if not path.is_file():
         raise FileNotFoundError(f"weights {str(source)!r} are neither a file nor packaged (these are: {', '.join(packaged_weights())})")
     header = read_header(path)
-    if header.get('kind') == 'daclip': raise ValueError(f"{path}: holds a DA-CLIP, expected a restorer")
+    if kind := header.get('kind'): raise ValueError(f"{path}: holds {dict(daclip='a DA-CLIP').get(kind, kind)}, expected a restorer")
     tensors = load_file(path)
     if 'config' not in header: raise ValueError(f"{path}: has no `config` in its header: expected a file written by `save_weights`")
     try: config = make_config(json.loads(header['config']), TrainConfig(), str(path))
