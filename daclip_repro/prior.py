@@ -20,12 +20,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .controller import clip_config, load_daclip, make_tokenizer
+from .controller import load_daclip, make_tokenizer
 from .irsde import image_noise
 from .loop import LoopConfig, Trainer, plain, step_rng, to_bytes
 from .photos import Photo, atomic, fit_square, random_crop, split_photos
@@ -268,8 +267,10 @@ def prior_file(
     "Where the weights lie; FileNotFoundError when they do not, ValueError when the file holds others."
     known = packaged_priors(kind)
     path = next((p for p in (known.get(str(name), Path(name)), beside / Path(name).name) if p.is_file()), None)
-    if path is None: raise FileNotFoundError(f"{kind} {str(name)!r} is neither a file nor packaged (these are: {', '.join(known) or 'none'})")
-    if (found := read_header(path).get('kind')) != kind: raise ValueError(f"{path}: holds {found or 'other weights'}, expected a file of kind {kind}")
+    if path is None:
+        raise FileNotFoundError(f"{kind} {str(name)!r} is neither a file nor packaged (these are: {', '.join(known) or 'none'})")
+    found = read_header(path).get('kind', 'other weights')
+    if found != kind: raise ValueError(f"{path}: holds {found}, expected a file of kind {kind}")
     return path
 
 def save_network(
@@ -281,7 +282,8 @@ def save_network(
     "Write an autoencoder or a prior in half precision, its configuration in the header, and a card beside it."
     path, kind = Path(path), 'prior' if isinstance(config, PriorConfig) else 'autoencoder'
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
-    if bad := [k for k, v in tensors.items() if not v.isfinite().all()]: raise ValueError(f"not finite in half precision: {', '.join(bad[:6])}")
+    if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f"not finite in half precision: {', '.join(bad[:6])}")
     header = dict(kind=kind, model=model.to_json_string(), config=plain(config), facts=json.dumps(facts, sort_keys=True))
     if kind == 'prior':
         header |= dict(autoencoder=_print(prior_file(config.autoencoder, 'autoencoder')), daclip=_print(daclip_file(config.daclip)))
@@ -306,11 +308,12 @@ def prior_card(name:str, kind:str, config:LoopConfig, facts:dict) -> str: # Mark
     "What the weights are, for a person."
     unused = ('chain', 'degradations', 'severity', 'gray')
     def said(v): return f'{v:.6g}' if isinstance(v, float) else v
-    units = dict(psnr='PSNR of held-out photographs (dB)', held_out='loss on held-out photographs', seconds='seconds of training', loss='training loss')
+    units = dict(psnr='PSNR of held-out photographs (dB)', held_out='loss on held-out photographs', seconds='seconds of training',
+                 loss='training loss')
     settings = {k: v for k, v in asdict(config).items() if k not in unused}
     rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | settings).items())
-    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`) that makes a photograph a quarter as wide and high, in four channels.",
-                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`) that draws photographs after a caption; it needs its autoencoder.")
+    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): it makes a photograph a quarter as wide and high, in four channels.",
+                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`): it draws photographs after a caption, by its autoencoder.")
     return f"""# {name}
 
 {what[kind]}
@@ -409,6 +412,7 @@ def train_prior(
     log = trainer.fit(source, save_every=500, watch=(look,))
     if trainer.rank: return Path(out) / f'{name}.safetensors' # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    model, measured = trainer.average.module.eval(), {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'psnr', 'held_out')}
+    model = trainer.average.module.eval()
+    measured = {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'psnr', 'held_out')}
     if not is_prior: model.register_to_config(scaling_factor=measured_scale(model, source, config))
     return save_network(model, config, Path(out) / f'{name}.safetensors', **{'trained on': found, 'what they are': about} | measured)
