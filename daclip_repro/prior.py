@@ -7,7 +7,7 @@ __all__ = ['AUTOENCODER', 'UNET', 'PRIOR_CONFIGS', 'stable_schedule', 'square', 
            'autoencoder_loss', 'AutoencoderTrainer', 'measured_scale', 'reconstruction_psnr', 'TokenStates',
            'load_states', 'PriorConfig', 'noise_loss', 'scaled_latents', 'PriorTrainer', 'denoising_loss',
            'packaged_priors', 'prior_file', 'save_network', 'load_autoencoder', 'prior_card', 'Prior', 'load_prior',
-           'train_prior']
+           'HubStates', 'from_pretrained', 'train_prior']
 
 # %% ../nbs/08b_prior.ipynb #a49551e1
 import json
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .controller import load_daclip, make_tokenizer
 from .irsde import image_noise
 from .loop import LoopConfig, Trainer, plain, step_rng, to_bytes
+from .metrics import reachable
 from .photos import Photo, atomic, fit_square, random_crop, split_photos
 from .training import _print, daclip_file
 from .unet import fit_weights, read_header
@@ -312,8 +313,8 @@ def prior_card(name:str, kind:str, config:LoopConfig, facts:dict) -> str: # Mark
                  loss='training loss')
     settings = {k: v for k, v in asdict(config).items() if k not in unused}
     rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | settings).items())
-    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): it makes a photograph a quarter as wide and high, in four channels.",
-                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`): it draws photographs after a caption, by its autoencoder.")
+    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): a photograph becomes a quarter as wide and high, in four channels.",
+                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`): it draws photographs after a caption.")
     return f"""# {name}
 
 {what[kind]}
@@ -388,6 +389,37 @@ def load_prior(
     for key, file in dict(autoencoder=vae_file, daclip=text_file).items():
         if header[key] != _print(file): raise ValueError(f"{path} was trained with another {key} than {file}")
     return Prior(_load(AutoencoderKL, vae_file), _load(UNet2DConditionModel, path), load_states(text_file), stable_schedule()).to(device)
+
+# %% ../nbs/08b_prior.ipynb #5d15a0b1
+class HubStates(nn.Module):
+    "What Stable Diffusion's text encoder makes of each token of a caption."
+    def __init__(self, encoder:nn.Module, tokenizer:Callable): # CLIPTextModel and CLIPTokenizer of transformers
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    @torch.no_grad()
+    def forward(self, captions:list[str]) -> Tensor: # B×77×768
+        tokens = self.tokenizer(captions, padding='max_length', truncation=True, return_tensors='pt').input_ids
+        return self.encoder(tokens.to(self.encoder.device)).last_hidden_state
+
+def from_pretrained(
+    name:str='stable-diffusion-v1-5/stable-diffusion-v1-5', # on the hub, or a folder in the layout of diffusers
+    device:str='cpu',
+) -> Prior:
+    "Stable Diffusion as a prior; OSError when its weights are neither in the cache nor to be had."
+    from huggingface_hub.constants import ENDPOINT
+    from transformers import CLIPTextModel, CLIPTokenizer
+    parts = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, scheduler=DDPMScheduler)
+    def load(**kw): return {part: kind.from_pretrained(name, subfolder=part, **kw) for part, kind in parts.items()}
+    try: found = load(local_files_only=True)
+    except Exception: # not in the cache
+        if Path(name).exists(): raise OSError(f"{name}: holds no Stable Diffusion that diffusers can read") from None
+        if not reachable(ENDPOINT): raise OSError(f"the prior {name} is not in the cache and {ENDPOINT} does not answer") from None
+        try: found = load()
+        except Exception as e: raise OSError(f"the prior {name} could not be downloaded ({type(e).__name__})") from None
+    return Prior(found['vae'], found['unet'], HubStates(found['text_encoder'], found['tokenizer']), found['scheduler']).to(device)
+
+Prior.from_pretrained = staticmethod(from_pretrained)
 
 # %% ../nbs/08b_prior.ipynb #05f4dd5f
 PRIOR_CONFIGS = {'autoencoder-miniature': AutoencoderConfig(), 'prior-miniature': PriorConfig()}
