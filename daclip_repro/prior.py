@@ -76,7 +76,7 @@ def draw_squares(
 class AutoencoderConfig(LoopConfig):
     "How the autoencoder is trained."
     kl: float = 1e-6 # weight of the divergence
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 16
     patch: int = 128
     zoom: float = 2.
@@ -174,7 +174,7 @@ class PriorConfig(LoopConfig):
     daclip: str = 'daclip-miniature' # whose CLIP reads the captions
     template: str = 'a photo of a {}' # around each label
     dropped: float = .1 # share of samples with an empty caption, for guidance
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 64
     patch: int = 128
     zoom: float = 2.
