@@ -144,17 +144,19 @@ def train(
     "Train a restorer or a DA-CLIP on photographs or pairs, resumably."
     from daclip_repro.base_clip import BASE_CONFIGS, train_base_clip
     from daclip_repro.controller_training import CONTROLLER_CONFIGS, ControllerConfig, train_controller
+    from daclip_repro.diff_restorer.decoder import DECODER_CONFIGS, DecoderConfig, train_decoder
     from daclip_repro.loop import load_config, make_config
     from daclip_repro.photos import photo_folder
     from daclip_repro.prior import PRIOR_CONFIGS, AutoencoderConfig, PriorConfig, train_prior
     from daclip_repro.training import CONFIGS, TrainConfig, train_command
     if (photos is None) == (pairs is None): raise ValueError("train: expected --photos or --pairs, one of the two")
-    name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS | PRIOR_CONFIGS)
+    name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS | PRIOR_CONFIGS | DECODER_CONFIGS)
     if steps: chosen = make_config(dict(steps=steps), chosen)
     source, others = pairs or photo_folder(photos, captions), photo_folder(held_out) if held_out else None
     more = dict(about=about, held_out=others)
     if isinstance(chosen, TrainConfig): made = train_command(source, out, chosen, name, **more)
     elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, **more)
+    elif isinstance(chosen, DecoderConfig): made = train_decoder(source, out, chosen, name, **more)
     elif held_out: raise ValueError(f"train: {name} holds out photographs of its own: leave --held-out away")
     elif pairs: raise ValueError(f"train: {name} learns from labelled photographs: give --photos and --captions")
     elif isinstance(chosen, AutoencoderConfig|PriorConfig): made = train_prior(source, out, chosen, name, about=about)

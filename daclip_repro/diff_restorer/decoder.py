@@ -27,7 +27,7 @@ from ..controller import load_daclip
 from ..degradations import degrade
 from ..loop import (LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config, plain, refuse_pairs, step_rng,
                                to_bytes)
-from ..metrics import LPIPS, STLPIPS, psnr
+from ..metrics import LPIPS, STLPIPS, psnr, reachable
 from ..photos import Photo, atomic, fit_square, split_photos
 from ..prior import load_autoencoder, packaged_priors, prior_file
 from ..unet import fit_weights, read_header
@@ -213,8 +213,10 @@ def load_vae(
 ) -> AutoencoderKL: # float32
     "The autoencoder whose decoder is trained; OSError when it cannot be had."
     if str(source) in packaged_priors('autoencoder') or Path(source).suffix == '.safetensors': return load_autoencoder(source, beside)
-    try: return AutoencoderKL.from_pretrained(source, subfolder='vae')
-    except OSError as e:
+    from huggingface_hub.constants import ENDPOINT
+    offline = Path(source).exists() or not reachable(ENDPOINT)
+    try: return AutoencoderKL.from_pretrained(source, subfolder='vae', local_files_only=offline)
+    except Exception as e: # many kinds
         raise OSError(f"autoencoder {str(source)!r} is not packaged, and diffusers cannot load it ({type(e).__name__})") from None
 
 def make_decoder(config:DecoderConfig, vae:AutoencoderKL) -> DegradationDecoder: # new parts drawn from config.seed
