@@ -200,8 +200,8 @@ class DecoderConfig(LoopConfig):
             if not 0 <= getattr(self, key) < float('inf'): return f"{key} is {getattr(self, key)}: expected 0 or more"
 
 DECODER_CONFIGS = {
-    'decoder-miniature': DecoderConfig(emb_dim=128, growth=16, layers=3, severity=(0., 1.), steps=300, batch=8, patch=64, zoom=2.,
-        lr=1e-3, warmup=20, clip=1., ema=.99, ema_every=1, perceptual='stlpips', perceptual_weight=.1),
+    'decoder-miniature': DecoderConfig(emb_dim=128, growth=16, layers=3, severity=(0., 1.), steps=150, batch=4, patch=64, zoom=2.,
+        lr=1e-3, warmup=20, clip=1., ema=.99, ema_every=1, perceptual=''),
     'decoder-paper': DecoderConfig(vae='stable-diffusion-v1-5/stable-diffusion-v1-5', emb_dim=768, daclip='', steps=25 * 52_801 // 4,
         batch=4, patch=512, side=0, lr=1e-5, lr_min=1e-5, betas=(.9, .999), weight_decay=.01, adversarial=.8, adversarial_from=50_001,
         precision='bfloat16')}
