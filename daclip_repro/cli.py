@@ -146,7 +146,7 @@ def train(
     from daclip_repro.controller_training import CONTROLLER_CONFIGS, ControllerConfig, train_controller
     from daclip_repro.loop import load_config, make_config
     from daclip_repro.photos import photo_folder
-    from daclip_repro.prior import PRIOR_CONFIGS, train_prior
+    from daclip_repro.prior import PRIOR_CONFIGS, AutoencoderConfig, PriorConfig, train_prior
     from daclip_repro.training import CONFIGS, TrainConfig, train_command
     if (photos is None) == (pairs is None): raise ValueError("train: expected --photos or --pairs, one of the two")
     name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS | PRIOR_CONFIGS)
@@ -157,7 +157,8 @@ def train(
     elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, **more)
     elif held_out: raise ValueError(f"train: {name} holds out photographs of its own: leave --held-out away")
     elif pairs: raise ValueError(f"train: {name} learns from labelled photographs: give --photos and --captions")
-    else: made = (train_prior if type(chosen) in map(type, PRIOR_CONFIGS.values()) else train_base_clip)(source, out, chosen, name, about=about)
+    elif isinstance(chosen, AutoencoderConfig|PriorConfig): made = train_prior(source, out, chosen, name, about=about)
+    else: made = train_base_clip(source, out, chosen, name, about=about)
     typer.echo(made)
 
 # %% ../nbs/10_cli.ipynb #b96b6768

@@ -7,7 +7,7 @@ __all__ = ['AUTOENCODER', 'UNET', 'PRIOR_CONFIGS', 'stable_schedule', 'square', 
            'autoencoder_loss', 'AutoencoderTrainer', 'measured_scale', 'reconstruction_psnr', 'TokenStates',
            'load_states', 'PriorConfig', 'noise_loss', 'scaled_latents', 'PriorTrainer', 'denoising_loss',
            'packaged_priors', 'prior_file', 'save_network', 'load_autoencoder', 'prior_card', 'Prior', 'load_prior',
-           'train_prior']
+           'HubStates', 'from_pretrained', 'train_prior']
 
 # %% ../nbs/08b_prior.ipynb #a49551e1
 import json
@@ -20,14 +20,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .controller import clip_config, load_daclip, make_tokenizer
+from .controller import load_daclip, make_tokenizer
 from .irsde import image_noise
 from .loop import LoopConfig, Trainer, plain, step_rng, to_bytes
+from .metrics import reachable
 from .photos import Photo, atomic, fit_square, random_crop, split_photos
 from .training import _print, daclip_file
 from .unet import fit_weights, read_header
@@ -76,7 +76,7 @@ def draw_squares(
 class AutoencoderConfig(LoopConfig):
     "How the autoencoder is trained."
     kl: float = 1e-6 # weight of the divergence
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 16
     patch: int = 128
     zoom: float = 2.
@@ -174,7 +174,7 @@ class PriorConfig(LoopConfig):
     daclip: str = 'daclip-miniature' # whose CLIP reads the captions
     template: str = 'a photo of a {}' # around each label
     dropped: float = .1 # share of samples with an empty caption, for guidance
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 64
     patch: int = 128
     zoom: float = 2.
@@ -268,8 +268,10 @@ def prior_file(
     "Where the weights lie; FileNotFoundError when they do not, ValueError when the file holds others."
     known = packaged_priors(kind)
     path = next((p for p in (known.get(str(name), Path(name)), beside / Path(name).name) if p.is_file()), None)
-    if path is None: raise FileNotFoundError(f"{kind} {str(name)!r} is neither a file nor packaged (these are: {', '.join(known) or 'none'})")
-    if (found := read_header(path).get('kind')) != kind: raise ValueError(f"{path}: holds {found or 'other weights'}, expected a file of kind {kind}")
+    if path is None:
+        raise FileNotFoundError(f"{kind} {str(name)!r} is neither a file nor packaged (these are: {', '.join(known) or 'none'})")
+    found = read_header(path).get('kind', 'other weights')
+    if found != kind: raise ValueError(f"{path}: holds {found}, expected a file of kind {kind}")
     return path
 
 def save_network(
@@ -281,7 +283,8 @@ def save_network(
     "Write an autoencoder or a prior in half precision, its configuration in the header, and a card beside it."
     path, kind = Path(path), 'prior' if isinstance(config, PriorConfig) else 'autoencoder'
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
-    if bad := [k for k, v in tensors.items() if not v.isfinite().all()]: raise ValueError(f"not finite in half precision: {', '.join(bad[:6])}")
+    if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f"not finite in half precision: {', '.join(bad[:6])}")
     header = dict(kind=kind, model=model.to_json_string(), config=plain(config), facts=json.dumps(facts, sort_keys=True))
     if kind == 'prior':
         header |= dict(autoencoder=_print(prior_file(config.autoencoder, 'autoencoder')), daclip=_print(daclip_file(config.daclip)))
@@ -306,11 +309,12 @@ def prior_card(name:str, kind:str, config:LoopConfig, facts:dict) -> str: # Mark
     "What the weights are, for a person."
     unused = ('chain', 'degradations', 'severity', 'gray')
     def said(v): return f'{v:.6g}' if isinstance(v, float) else v
-    units = dict(psnr='PSNR of held-out photographs (dB)', held_out='loss on held-out photographs', seconds='seconds of training', loss='training loss')
+    units = dict(psnr='PSNR of held-out photographs (dB)', held_out='loss on held-out photographs', seconds='seconds of training',
+                 loss='training loss')
     settings = {k: v for k, v in asdict(config).items() if k not in unused}
     rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | settings).items())
-    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`) that makes a photograph a quarter as wide and high, in four channels.",
-                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`) that draws photographs after a caption; it needs its autoencoder.")
+    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): a photograph becomes a quarter as wide and high, in four channels.",
+                prior="A latent diffusion model (diffusers' `UNet2DConditionModel`): it draws photographs after a caption.")
     return f"""# {name}
 
 {what[kind]}
@@ -386,6 +390,37 @@ def load_prior(
         if header[key] != _print(file): raise ValueError(f"{path} was trained with another {key} than {file}")
     return Prior(_load(AutoencoderKL, vae_file), _load(UNet2DConditionModel, path), load_states(text_file), stable_schedule()).to(device)
 
+# %% ../nbs/08b_prior.ipynb #5d15a0b1
+class HubStates(nn.Module):
+    "What Stable Diffusion's text encoder makes of each token of a caption."
+    def __init__(self, encoder:nn.Module, tokenizer:Callable): # CLIPTextModel and CLIPTokenizer of transformers
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    @torch.no_grad()
+    def forward(self, captions:list[str]) -> Tensor: # B×77×768
+        tokens = self.tokenizer(captions, padding='max_length', truncation=True, return_tensors='pt').input_ids
+        return self.encoder(tokens.to(self.encoder.device)).last_hidden_state
+
+def from_pretrained(
+    name:str='stable-diffusion-v1-5/stable-diffusion-v1-5', # on the hub, or a folder in the layout of diffusers
+    device:str='cpu',
+) -> Prior:
+    "Stable Diffusion as a prior; OSError when its weights are neither in the cache nor to be had."
+    from huggingface_hub.constants import ENDPOINT
+    from transformers import CLIPTextModel, CLIPTokenizer
+    parts = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, scheduler=DDPMScheduler)
+    def load(**kw): return {part: kind.from_pretrained(name, subfolder=part, **kw) for part, kind in parts.items()}
+    try: found = load(local_files_only=True)
+    except Exception: # not in the cache
+        if Path(name).exists(): raise OSError(f"{name}: holds no Stable Diffusion that diffusers can read") from None
+        if not reachable(ENDPOINT): raise OSError(f"the prior {name} is not in the cache and {ENDPOINT} does not answer") from None
+        try: found = load()
+        except Exception as e: raise OSError(f"the prior {name} could not be downloaded ({type(e).__name__})") from None
+    return Prior(found['vae'], found['unet'], HubStates(found['text_encoder'], found['tokenizer']), found['scheduler']).to(device)
+
+Prior.from_pretrained = staticmethod(from_pretrained)
+
 # %% ../nbs/08b_prior.ipynb #05f4dd5f
 PRIOR_CONFIGS = {'autoencoder-miniature': AutoencoderConfig(), 'prior-miniature': PriorConfig()}
 
@@ -409,6 +444,7 @@ def train_prior(
     log = trainer.fit(source, save_every=500, watch=(look,))
     if trainer.rank: return Path(out) / f'{name}.safetensors' # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
-    model, measured = trainer.average.module.eval(), {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'psnr', 'held_out')}
+    model = trainer.average.module.eval()
+    measured = {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'psnr', 'held_out')}
     if not is_prior: model.register_to_config(scaling_factor=measured_scale(model, source, config))
     return save_network(model, config, Path(out) / f'{name}.safetensors', **{'trained on': found, 'what they are': about} | measured)
