@@ -172,7 +172,8 @@ def test_bad_weights_are_refused(tmp_path, how):
 
 # the authors' weights: file, configuration, golden list of the network, DA-CLIP and the length of its embeddings
 OFFICIAL = [('wild-ir.pth', 'wild-paper', 'unet_wild_ir_train', 'wild-daclip_ViT-L-14.pt', 768),
-            ('universal-ir.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32.pt', 512)]
+            ('universal-ir.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32.pt', 512),
+            ('universal-ir-mix.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32_mix.pt', 512)]
 
 
 def stand_in(monkeypatch, file, length):
