@@ -363,7 +363,7 @@ OFFICIAL = {'wild': 'wild-paper', 'universal': 'unified-paper'} # in the name of
 def _config_of(path:Path, header:dict) -> TrainConfig:
     if path.suffix != '.safetensors':
         found = [CONFIGS[config] for word, config in OFFICIAL.items() if word in path.name]
-        if len(found) == 1: return found[0]
+        if len(found) == 1: return replace(found[0], daclip='daclip_ViT-B-32_mix.pt') if 'ir-mix' in path.name else found[0]
         raise ValueError(f"{path}: expected a .safetensors file of `save_weights`, or the authors' weights with wild or universal "
                          "in their name, such as wild-ir.pth and universal-ir.pth")
     if kind := header.get('kind'): raise ValueError(f"{path}: holds {dict(daclip='a DA-CLIP').get(kind, kind)}, expected a restorer")

@@ -107,7 +107,8 @@ def test_packaged_weights_load_and_have_a_card():
     assert packaged_weights()
     for name, path in packaged_weights().items():
         restorer = load_weights(name)
-        assert bool(restorer.words) == (restorer.condition == 'word') and bool(restorer.daclip) == (restorer.condition == 'both')
+        assert bool(restorer.words) == (restorer.condition == 'word')
+        assert bool(restorer.daclip) == (restorer.condition in ('both', 'content'))
         assert name in path.with_suffix('.md').read_text()
     assert sum(p.stat().st_size for p in packaged_weights().values()) < 40e6
 
@@ -172,7 +173,8 @@ def test_bad_weights_are_refused(tmp_path, how):
 
 # the authors' weights: file, configuration, golden list of the network, DA-CLIP and the length of its embeddings
 OFFICIAL = [('wild-ir.pth', 'wild-paper', 'unet_wild_ir_train', 'wild-daclip_ViT-L-14.pt', 768),
-            ('universal-ir.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32.pt', 512)]
+            ('universal-ir.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32.pt', 512),
+            ('universal-ir-mix.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32_mix.pt', 512)]
 
 
 def stand_in(monkeypatch, file, length):
