@@ -146,9 +146,10 @@ def train(
     from daclip_repro.controller_training import CONTROLLER_CONFIGS, ControllerConfig, train_controller
     from daclip_repro.loop import load_config, make_config
     from daclip_repro.photos import photo_folder
+    from daclip_repro.prior import PRIOR_CONFIGS, AutoencoderConfig, PriorConfig, train_prior
     from daclip_repro.training import CONFIGS, TrainConfig, train_command
     if (photos is None) == (pairs is None): raise ValueError("train: expected --photos or --pairs, one of the two")
-    name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS)
+    name, chosen = Path(config).stem, load_config(config, CONFIGS | CONTROLLER_CONFIGS | BASE_CONFIGS | PRIOR_CONFIGS)
     if steps: chosen = make_config(dict(steps=steps), chosen)
     source, others = pairs or photo_folder(photos, captions), photo_folder(held_out) if held_out else None
     more = dict(about=about, held_out=others)
@@ -156,6 +157,7 @@ def train(
     elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, **more)
     elif held_out: raise ValueError(f"train: {name} holds out photographs of its own: leave --held-out away")
     elif pairs: raise ValueError(f"train: {name} learns from labelled photographs: give --photos and --captions")
+    elif isinstance(chosen, AutoencoderConfig|PriorConfig): made = train_prior(source, out, chosen, name, about=about)
     else: made = train_base_clip(source, out, chosen, name, about=about)
     typer.echo(made)
 
@@ -172,7 +174,8 @@ def _line(r, degradation): # what became of one file
 def restore(
     inputs:Annotated[list[Path], typer.Argument(metavar="INPUT...", help="photographs, and folders of them")],
     out:Annotated[Path, typer.Option(help="folder for the results")],
-    weights:Annotated[str, typer.Option(help="name of packaged weights, or a file of them")]="sampling-miniature",
+    weights:Annotated[str|None, typer.Option(help="name of packaged weights, or a file of them; default: wild-miniature, or with "
+                                                  "--degradation sampling-miniature")]=None,
     degradation:Annotated[str|None, typer.Option(help="what is wrong with the photographs, for weights that cannot see it")]=None,
     method:Annotated[str, typer.Option(help="posterior, sde or ode")]="posterior",
     steps:Annotated[int, typer.Option(help="network calls for each tile", min=1)]=10,
@@ -187,6 +190,7 @@ def restore(
     "Restore photographs of any size."
     from daclip_repro.restore import Restorer, plan_files
     plan_files(inputs, out) # what is wrong with the names is said before anything is loaded
+    weights = weights or ("sampling-miniature" if degradation else "wild-miniature")
     restorer = Restorer.from_weights(weights, device, tile=tile or None, overlap=overlap, batch=batch, precision=precision)
     if restorer.model.words and degradation is None:
         raise ValueError(f"--degradation is missing: {weights} cannot see it, so tell one of {', '.join(restorer.model.words)}")

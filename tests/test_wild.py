@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from daclip_repro.degradations import Draws, degrade
 from daclip_repro.wild import (
+    WILD_COMBINATIONS,
     Step,
     add_noise,
     convolve,
@@ -191,7 +192,8 @@ def test_words_of_a_stage(stage, how, word): assert wild_words([Step(1, stage, h
 def test_words_are_combined_in_a_fixed_order(plans):
     some = [Step(1, 'jpeg', {}), Step(2, 'noise', {}), Step(3, 'blur', dict(kind='sinc')), Step(3, 'resize', {}), Step(3, 'jpeg', {})]
     assert wild_words(some) == wild_words(some[::-1]) == 'blur, ringing artifact, noise, jpeg block' and wild_words([]) == 'clean'
-    assert 10 < len({wild_words(plan) for plan in plans}) <= 16
+    said = {wild_words(plan) for plan in plans}
+    assert 10 < len(said) and said <= set(WILD_COMBINATIONS) and len(set(WILD_COMBINATIONS)) == 16
 
 
 # kernels
