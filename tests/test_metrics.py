@@ -274,11 +274,13 @@ def test_niqe_of_a_batch_looks_at_out_alone_and_only_at_whole_blocks():
     assert m(photos[..., :96, :192]).isfinite().all()
 
 
-def test_niqe_of_flat_blocks():
-    m, photo = M.METRICS['niqe'], packaged_photos()[1].load()[:, :192, :192].clone()
-    photo[:, 96:, 96:] = .5 # the corner has no contrast: it counts in no covariance
-    assert m(photo).isfinite()
-    assert m(torch.full((1, 3, 192, 192), .5)).isnan() and m(torch.full((1, 3, 192, 192), torch.nan)).isnan()
+def test_niqe_of_black_blocks():
+    "Six of eight blocks have no contrast at all: mmeval counts only their α, the smallest of the table, and its value is 17.528182."
+    m, photo = M.METRICS['niqe'], packaged_photos()[1].load()[:, :192, :384].clone()
+    photo[..., 80:] = 0
+    assert m(photo).item() == pytest.approx(17.528182, rel=1e-6)
+    assert m(photo[:, :96]).isnan() # one block with contrast: no covariance
+    assert m(torch.zeros(3, 192, 192)).isnan() and m(torch.full((3, 192, 192), torch.nan)).isnan()
 
 
 def test_scores_without_clean_images():
