@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'PERCEPTUAL', 'DECODER_CONFIGS', 'encode', 'RDB', 'Degradati
            'DecoderTrainer', 'watch_terms', 'pairs_to_watch', 'decoder_validator', 'save_decoder', 'load_decoder',
            'decoder_card', 'train_decoder']
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #93ba40fd
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #57f192ab
 import copy, json
 import pandas as pd
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from ..prior import load_autoencoder, packaged_priors, prior_file
 from ..unet import fit_weights, read_header
 from ..wild import wild
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #9e9808d9
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #d64fae4d
 def encode(
     vae:AutoencoderKL,
     image:Tensor, # B×3×H×W in [0,1]; H and W are multiples of 2^(levels-1)
@@ -47,7 +47,7 @@ def encode(
         for hook in hooks: hook.remove()
     return DiagonalGaussianDistribution((vae.quant_conv or nn.Identity())(moments)), features
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #cdecd245
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #077f1193
 class RDB(nn.Module):
     "A residual dense block that is told the degradation; untrained, it returns its input."
     def __init__(self,
@@ -70,7 +70,7 @@ class RDB(nn.Module):
         for conv in self.dense: h = torch.cat([h, F.relu(conv(h))], dim=1)
         return x + self.fuse(h)
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #1170016c
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #f452b1c5
 KINDS = ('plain', 'skip', 'degradation')
 
 class DegradationDecoder(nn.Module):
@@ -114,7 +114,7 @@ class DegradationDecoder(nn.Module):
         for up, skip in zip(decoder.up_blocks, skips): h = up(h + skip)
         return (decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h))) + 1) / 2
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #39628d98
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #1edc52b6
 @patch
 def check(self:DegradationDecoder, z:Tensor, lq:Tensor|None, degradation:Tensor|None):
     "ValueError for what does not belong together."
@@ -127,7 +127,7 @@ def check(self:DegradationDecoder, z:Tensor, lq:Tensor|None, degradation:Tensor|
 
 def _shape(v): return 'None' if v is None else '×'.join(map(str, getattr(v, 'shape', v)))
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #d8316ffd
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #793d6f26
 PERCEPTUAL = dict(lpips=LPIPS, stlpips=STLPIPS)
 
 def perceptual(
@@ -141,7 +141,7 @@ def perceptual(
                            "or perceptual set to '' to leave it out, or to 'stlpips'")
     return metric
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #8c5f6552
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #9eef57db
 class PatchDiscriminator(nn.Sequential):
     "Real or made? An answer for each patch of 70×70 pixels."
     def __init__(self,
@@ -164,7 +164,7 @@ def hinge_loss(
     "Loss of the discriminator."
     return ((1 - real).relu().mean() + (1 + made).relu().mean()) / 2
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #1e332e9d
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #f3840899
 def balance(
     near:Tensor, # how far the image is from the photograph
     game:Tensor, # loss of the game
@@ -174,7 +174,7 @@ def balance(
     near, game = (torch.autograd.grad(loss, out, retain_graph=True)[0].norm() for loss in (near, game))
     return near / (game + 1e-4)
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #1546423e
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #95b02b06
 @dataclass(frozen=True)
 class DecoderConfig(LoopConfig):
     "How a decoder is trained."
@@ -206,7 +206,7 @@ DECODER_CONFIGS = {
         batch=4, patch=512, side=0, lr=1e-5, lr_min=1e-5, betas=(.9, .999), weight_decay=.01, adversarial=.8, adversarial_from=50_001,
         precision='bfloat16')}
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #df4372ae
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #458afa80
 def load_vae(
     source:str|Path, # packaged, a file of `save_network`, or a pipeline of diffusers: a folder or its name on the hub
     beside:Path=Path(), # folder to look in, too
@@ -232,7 +232,7 @@ def degradation_embedding(
     daclip = load_daclip(config.daclip)
     return lambda lq: daclip.to(lq.device).embed(lq).degradation
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #05f7893d
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #d7edf705
 def reconstruct(
     decoder:DegradationDecoder,
     hq:Tensor, # clean photographs, B×3×H×W in [0,1]
@@ -275,7 +275,7 @@ class DecoderTrainer(Trainer):
         self.recent.append(terms)
         return loss.item()
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #4bd12372
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #351ed359
 @patch
 def objective(self:DecoderTrainer,
     out:Tensor, hq:Tensor, # made and clean photographs, B×3×H×W
@@ -305,7 +305,7 @@ def watch_terms(trainer:DecoderTrainer) -> dict:
     means, trainer.recent = pd.DataFrame(trainer.recent).mean().to_dict(), []
     return ({} if trainer.perceptual else dict(perceptual='left out')) | means
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #97ba1b53
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #8c9983d6
 def pairs_to_watch(
     held_out:Sequence[Tensor]|Pairs, # uint8, 3×H×W; or pairs
     config:DecoderConfig,
@@ -337,7 +337,7 @@ def decoder_validator(
         return dict(clean=decibels(hq), degraded=decibels(lq))
     return watch
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #9f025b77
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #f81f7dd8
 def _trained(decoder): return {name for name, p in decoder.named_parameters() if p.requires_grad}
 
 def _encoder_print(vae:AutoencoderKL) -> str: # SHA-256
@@ -377,13 +377,13 @@ def load_decoder(
     frozen = {k: v for k, v in decoder.state_dict().items() if k not in trained}
     return fit_weights(str(path), frozen | {k: v.float() for k, v in load_file(path).items()}, decoder).to(device).eval()
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #c10ae67b
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #0c6d030d
 def decoder_card(name:str, config:DecoderConfig, facts:dict) -> str: # Markdown
     "What the weights are, for a person."
     units = dict(clean='PSNR with a look at the clean photograph (dB)', degraded='PSNR with a look at the degraded one (dB)',
                  seconds='seconds of training', loss='training loss')
     chain = dict(words='degradations').get(config.chain, config.chain)
-    def said(v): return f'{v:.6g}' if isinstance(v, float) else v
+    def said(v): return f'{v:.6g}' if isinstance(v, float) else 'none' if v == '' else v
     rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | asdict(config)).items())
     return f"""# {name}
 
@@ -399,7 +399,7 @@ settings below train one like it.
 {rows}
 """
 
-# %% ../../nbs/diff_restorer/02_decoder.ipynb #d2765e94
+# %% ../../nbs/diff_restorer/02_decoder.ipynb #788da9f7
 def train_decoder(
     photos:list[Photo]|str|Path, # photographs, e.g. `photo_folder(path)`; or a folder of pairs
     out:str|Path, # folder of checkpoint, log, weights and card
@@ -426,5 +426,5 @@ def train_decoder(
     if trainer.rank: return Path(out) / f'{name}.safetensors' # the first of several processes writes it
     with atomic(Path(out) / 'log.csv') as tmp: pd.DataFrame(log).to_csv(tmp, index=False)
     facts = {'trained on': found, 'what they are': about}
-    facts |= {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'perceptual', 'clean', 'degraded')}
+    facts |= {k: v for line in log for k, v in line.items() if k in ('seconds', 'loss', 'clean', 'degraded')}
     return save_decoder(trainer.average.module['decoder'], config, Path(out) / f'{name}.safetensors', **facts)
