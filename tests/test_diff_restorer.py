@@ -5,7 +5,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from daclip_repro.controller import load_daclip
+from daclip_repro.degradations import DEGRADATIONS
 from daclip_repro.diff_restorer.control import SD15_UNET, FiLM, ImageControl
+from daclip_repro.diff_restorer.prompts import Embeddings, PromptProcessor, image_embeddings, mlp
 from daclip_repro.prior import UNET
 
 TINY = dict(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24, attention_head_dim=4, norm_num_groups=8,
@@ -36,6 +39,58 @@ def loud(control, std=.1):
 def controlled(unet, control, z, t, tokens, z_lq, told): return unet(z, t, tokens, **control(z, t, tokens, z_lq, told)).sample
 
 
+# prompts
+
+def embeddings(batch=4, dim=12, seed=3): return Embeddings(*torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_norm_and_leaky_relu_stand_behind_every_layer_but_the_last():
+    assert [type(layer).__name__ for layer in mlp(5, 7, 3)] == ['Linear', 'LayerNorm', 'LeakyReLU', 'Linear']
+    processor = PromptProcessor(12, 24, width=16)
+    def linear(part): return [(m.in_features, m.out_features) for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear(processor.semantic) == [(12, 16), (16, 16), (16, 8 * 24)]
+    assert linear(processor.degradation) == [(12, 16), (16, 12)] and linear(processor.head) == [(12, 12), (12, 10)]
+
+
+def test_tokens_come_from_the_content_and_the_rest_from_the_degradation():
+    processor, e = PromptProcessor(12, 24, tokens=3, words=('hazy', 'noisy')), embeddings()
+    before, other = processor(e), processor(Embeddings(e.content, -e.degradation))
+    assert [tuple(p.shape) for p in before] == [(4, 3, 24), (4, 12), (4, 2)]
+    assert torch.equal(before.tokens, other.tokens)
+    assert not torch.equal(before.degradation, other.degradation) and not torch.equal(before.logits, other.logits)
+    turned = processor(Embeddings(-e.content, e.degradation))
+    assert not torch.equal(before.tokens, turned.tokens) and torch.equal(before.degradation, turned.degradation)
+
+
+def test_the_guidance_loss_is_the_cross_entropy_in_the_order_of_its_words():
+    processor = PromptProcessor(12, 24, words=('noisy', 'hazy'))
+    prompts = processor(embeddings(batch=2))
+    expected = -(prompts.logits.log_softmax(1)[0, 1] + prompts.logits.log_softmax(1)[1, 0]) / 2
+    torch.testing.assert_close(processor.guidance_loss(prompts, ['hazy', 'noisy']), expected)
+    with pytest.raises(ValueError, match="degradation 'snowy' is unknown to the head: expected one of noisy, hazy"):
+        processor.guidance_loss(prompts, ['hazy', 'snowy'])
+
+
+def test_the_embedding_is_clips_alone_or_both_of_daclips():
+    daclip, lq = load_daclip(), torch.rand(2, 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    plain, both = image_embeddings(daclip, lq), image_embeddings(daclip, lq, 'daclip')
+    with torch.no_grad(): assert torch.equal(plain.content, daclip.clip.encode_image(daclip.prepare(lq)))
+    assert torch.equal(plain.degradation, plain.content) and not any(e.requires_grad for e in (*plain, *both))
+    assert all(torch.equal(a, b) for a, b in zip(both, daclip.embed(lq)))
+    with pytest.raises(ValueError, match="embedding 'text' is unknown: expected one of clip, daclip"): image_embeddings(daclip, lq, 'text')
+
+
+def test_both_losses_together_reach_every_parameter_of_the_processor_and_none_that_is_frozen():
+    daclip, unet, processor = load_daclip(), prior(), PromptProcessor(128, 24)
+    z, t, _, z_lq, _ = shown(batch=10)
+    control = ImageControl(unet, 128)
+    prompts = processor(image_embeddings(daclip, torch.rand(10, 3, 64, 64), 'daclip'))
+    noise = (controlled(unet, control, z, t, prompts.tokens, z_lq, prompts.degradation) - z).square().mean()
+    (noise + .1 * processor.guidance_loss(prompts, DEGRADATIONS)).backward()
+    assert [n for n, p in processor.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [n for m in (daclip, unet) for n, p in m.named_parameters() if p.grad is not None] == []
+
+
 # control: nothing at first
 
 @pytest.mark.parametrize('config', [TINY, MINIATURE], ids=['tiny', 'miniature'])
@@ -56,6 +111,7 @@ def test_the_copy_is_the_priors_way_down_in_memory_of_its_own():
     shared = [k for k in own if k in theirs]
     assert {k.split('.')[0] for k in shared} == {'conv_in', 'time_embedding', 'down_blocks', 'mid_block'}
     assert all(torch.equal(own[k], theirs[k]) for k in shared)
+    assert not own['controlnet_cond_embedding.weight'].any() and not own['controlnet_cond_embedding.bias'].any()
     with torch.no_grad(): [p.zero_() for p in control.net.parameters()]
     assert all(torch.equal(v, theirs[k]) for k, v in unet.state_dict().items())
 
@@ -74,7 +130,9 @@ def test_without_modulation_it_is_diffusers_own_controlnet():
 def test_the_degradation_acts_on_every_level_and_on_its_own_image_only():
     control = loud(ImageControl(prior(), 16))
     z, t, tokens, z_lq, told = shown()
-    def maps(told): return [*(c := control(z, t, tokens, z_lq, told))['down_block_additional_residuals'], c['mid_block_additional_residual']]
+    def maps(told):
+        out = control(z, t, tokens, z_lq, told)
+        return [*out['down_block_additional_residuals'], out['mid_block_additional_residual']]
     other = told.clone()
     other[1] *= -1
     for i, (a, b) in enumerate(zip(maps(told), maps(other))):

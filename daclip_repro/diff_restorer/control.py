@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SD15_UNET', 'FiLM', 'ImageControl']
 
-# %% ../../nbs/diff_restorer/01_control.ipynb #5c350fae
+# %% ../../nbs/diff_restorer/01_control.ipynb #c3dc3b06
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import zero_module
 from torch import nn, Tensor
 
-# %% ../../nbs/diff_restorer/01_control.ipynb #89d4d5fd
+# %% ../../nbs/diff_restorer/01_control.ipynb #1eea8ec9
 class FiLM(nn.Module):
     "A scale and a shift for each channel; untrained, the identity."
     def __init__(self,
@@ -28,7 +28,7 @@ class FiLM(nn.Module):
         scale, shift = self.modulation(degradation)[..., None, None].chunk(2, dim=1)
         return (1 + scale) * x + shift
 
-# %% ../../nbs/diff_restorer/01_control.ipynb #9cf99ee3
+# %% ../../nbs/diff_restorer/01_control.ipynb #522c7ee2
 class ImageControl(nn.Module):
     "A ControlNet on the degraded image's latent, modulated by the degradation embedding; untrained, its controls are zero."
     def __init__(self,
@@ -36,12 +36,13 @@ class ImageControl(nn.Module):
         emb_dim:int|None, # length of the degradation embedding; None: no modulation
     ):
         super().__init__()
-        self.net, self.emb_dim = ControlNetModel.from_unet(unet).requires_grad_(True), emb_dim
+        self.net, self.emb_dim = ControlNetModel.from_unet(unet), emb_dim
         first, *_, last = dims = self.net.config.block_out_channels
         self.net.controlnet_cond_embedding = zero_module(nn.Conv2d(unet.config.in_channels, first, 3, padding=1))
         self.films = nn.ModuleList([FiLM(emb_dim, dim) for dim in (*dims, last)] if emb_dim else [])
 
-    def modulate(self, level:int, x:Tensor, degradation:Tensor|None) -> Tensor: return self.films[level](x, degradation) if self.films else x
+    def modulate(self, level:int, x:Tensor, degradation:Tensor|None) -> Tensor:
+        return self.films[level](x, degradation) if self.films else x
 
     def forward(self,
         z:Tensor, # noisy latent, B×C×h×w
@@ -69,7 +70,7 @@ class ImageControl(nn.Module):
         if self.films and (degradation is None or degradation.shape != (len(z), self.emb_dim)):
             raise ValueError(f'degradation is {shape(degradation)}: expected {len(z)}×{self.emb_dim}, an embedding for each image')
 
-# %% ../../nbs/diff_restorer/01_control.ipynb #520545f0
+# %% ../../nbs/diff_restorer/01_control.ipynb #87eb2638
 SD15_UNET = dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
     down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'),
     up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=768,
