@@ -174,7 +174,8 @@ def _line(r, degradation): # what became of one file
 def restore(
     inputs:Annotated[list[Path], typer.Argument(metavar="INPUT...", help="photographs, and folders of them")],
     out:Annotated[Path, typer.Option(help="folder for the results")],
-    weights:Annotated[str, typer.Option(help="name of packaged weights, or a file of them")]="sampling-miniature",
+    weights:Annotated[str|None, typer.Option(help="name of packaged weights, or a file of them; default: wild-miniature, or with "
+                                                  "--degradation sampling-miniature")]=None,
     degradation:Annotated[str|None, typer.Option(help="what is wrong with the photographs, for weights that cannot see it")]=None,
     method:Annotated[str, typer.Option(help="posterior, sde or ode")]="posterior",
     steps:Annotated[int, typer.Option(help="network calls for each tile", min=1)]=10,
@@ -189,6 +190,7 @@ def restore(
     "Restore photographs of any size."
     from daclip_repro.restore import Restorer, plan_files
     plan_files(inputs, out) # what is wrong with the names is said before anything is loaded
+    weights = weights or ("sampling-miniature" if degradation else "wild-miniature")
     restorer = Restorer.from_weights(weights, device, tile=tile or None, overlap=overlap, batch=batch, precision=precision)
     if restorer.model.words and degradation is None:
         raise ValueError(f"--degradation is missing: {weights} cannot see it, so tell one of {', '.join(restorer.model.words)}")

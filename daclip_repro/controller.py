@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from .degradations import DEGRADATIONS
 from .photos import atomic
 from .unet import fit_weights, misfits, official_weights, read_header
+from .wild import WILD_COMBINATIONS
 
 # %% ../nbs/06_controller.ipynb #a0103364
 CLIP_CONFIGS = {'clip-miniature': dict(embed_dim=128,
@@ -329,5 +330,6 @@ def load_daclip(
         config = own
     if config is None and (named := re.search(r'ViT-[A-Za-z]+-\d+', path.name)): config = named[0]
     if config is None: raise ValueError(f"{path} does not say which CLIP it belongs to: name it, as in config='ViT-B-32'")
-    words = json.loads(header['words']) if 'words' in header else DEGRADATIONS
+    words = WILD_COMBINATIONS if path.name.startswith('wild') else DEGRADATIONS
+    if 'words' in header: words = json.loads(header['words'])
     return load_daclip_weights(path, DACLIP(make_clip(config), words)).to(device).eval()

@@ -96,7 +96,7 @@ def measure(
     else:
         device = next(restorer.parameters()).device
         context = _context(restorer, lq, hq, degradation, told, seed)
-        out = restorer.sample(lq.to(device), sampler, steps, seeds, context=context).cpu()
+        out = restorer.sample(lq.to(device), method=sampler, steps=steps, seeds=seeds, context=context).cpu()
     seconds = 0. if restorer is None else (time.perf_counter() - started) / len(hq)
     return score(out, hq, 'rgb', metrics, names, degradation=degradation, seed=seed, seconds=seconds, **stamp), out
 

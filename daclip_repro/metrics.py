@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'WINDOW', 'PAPER_PROTOCOLS', 'inception', 'lite0', 'METRICS', 'SET_METRICS', 'Protocol', 'get_protocol',
-           'levels', 'to_uint8', 'rgb_to_ycbcr', 'check_pair', 'psnr', 'gaussian_window', 'ssim_map', 'ssim',
-           'Reported', 'Measure', 'Metric', 'PSNR', 'SSIM', 'reachable', 'cached_weights', 'LPIPS', 'STLPIPS',
-           'frechet_distance', 'kernel_distance', 'Inception', 'Lite0', 'SetMetric', 'available_metrics', 'score',
-           'score_set', 'clip_transform', 'imresize']
+           'levels', 'to_uint8', 'rgb_to_ycbcr', 'check_images', 'check_pair', 'psnr', 'gaussian_window', 'ssim_map',
+           'ssim', 'Reported', 'clip_transform', 'imresize', 'Measure', 'Metric', 'PSNR', 'SSIM', 'reachable',
+           'cached_weights', 'LPIPS', 'STLPIPS', 'contrast_normalised', 'asymmetric_fit', 'block_features',
+           'niqe_features', 'NIQE', 'frechet_distance', 'kernel_distance', 'Inception', 'Lite0', 'SetMetric',
+           'available_metrics', 'score', 'score_set']
 
 # %% ../nbs/02_metrics.ipynb #2599580c
 import warnings, zipfile
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Thread
@@ -20,6 +22,7 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -81,19 +84,25 @@ def rgb_to_ycbcr(
     return (torch.einsum('yc,bchw->byhw', A, x.double()) + b)/255
 
 # %% ../nbs/02_metrics.ipynb #b324f081
+def check_images(
+    x:Tensor, # B×3×H×W or 3×H×W, floats
+) -> Tensor: # B×3×H×W
+    "A batch that can be scored, or a ValueError that says what is wrong."
+    if x.ndim not in (3, 4) or x.shape[-3] != 3: raise ValueError(f'images must be B×3×H×W (RGB), not {tuple(x.shape)}')
+    if not x.is_floating_point(): raise ValueError(f'images must be float in [0,1], not {x.dtype}')
+    return x.detach() if x.ndim == 4 else x.detach()[None]
+
 def check_pair(
     out:Tensor, # restored images, B×3×H×W or 3×H×W
     hq:Tensor, # clean images of the same shape, in [0,1]
 ) -> tuple[Tensor, Tensor]: # both as B×3×H×W
     "Two batches that can be compared, or a ValueError that says what is wrong."
-    shapes = [tuple(x.shape) for x in (out, hq)]
-    if shapes[0] != shapes[1]: raise ValueError(f'out is {shapes[0]} but hq is {shapes[1]}: a score needs two images of the same size')
-    if len(shapes[0]) not in (3, 4) or shapes[0][-3] != 3: raise ValueError(f'images must be B×3×H×W (RGB), not {shapes[0]}')
-    for x in (out, hq):
-        if not x.is_floating_point(): raise ValueError(f'images must be float in [0,1], not {x.dtype}')
+    if out.shape != hq.shape:
+        raise ValueError(f'out is {tuple(out.shape)} but hq is {tuple(hq.shape)}: a score needs two images of the same size')
+    out, hq = check_images(out), check_images(hq)
     low, high = hq.aminmax() if hq.numel() else (0, 1)
     if low < -.01 or high > 1.01: raise ValueError(f'hq must lie in [0,1]; it spans {low:.3g} to {high:.3g}')
-    return tuple(x.detach() if x.ndim == 4 else x.detach()[None] for x in (out, hq))
+    return out, hq
 
 # %% ../nbs/02_metrics.ipynb #9f96f6c3
 @patch
@@ -181,6 +190,34 @@ PAPER_PROTOCOLS = (
     Reported('this repository, miniature', 'PSNR, SSIM', 'rgb', 'our choice'),
 )
 
+# %% ../nbs/02_metrics.ipynb #97762727
+def clip_transform(
+    img:Tensor, # 3×H×W, RGB in [0,1]
+    resolution:int=224, # side of the square that the CLIP in question takes
+) -> Tensor: # 3×resolution×resolution, normalised as OpenAI's CLIP expects
+    "The official preparation of an image for CLIP: truncate to 8 bits, resize the short side, crop the centre, normalise."
+    pil = TF.to_pil_image(img.clamp(0, 1).mul(255).to(torch.uint8))
+    pil = TF.center_crop(TF.resize(pil, resolution, TF.InterpolationMode.BICUBIC), resolution)
+    return TF.normalize(TF.to_tensor(pil), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+# %% ../nbs/02_metrics.ipynb #74549895
+def imresize(
+    img:Tensor, # B×3×H×W or 3×H×W
+    scale:float, # a whole number, or one divided by a whole number
+) -> Tensor: # ⌈H·scale⌉×⌈W·scale⌉
+    "Bicubic resize with antialiasing, as Matlab does it."
+    step = round(max(1/scale, 1)) # input pixels per output pixel
+    if abs(scale*step - round(scale*step)) > 1e-9: raise ValueError(f'imresize takes scales such as 2, 3, 1/2 or 1/4, not {scale}')
+    pad, x = 4*step, img if img.ndim == 4 else img[None]
+    for dim in (-2, -1):
+        n = x.shape[dim]
+        i = torch.arange(-pad, n + pad + -n % step, device=x.device) % (2*n)
+        x = x.index_select(dim, torch.where(i < n, i, 2*n - 1 - i))
+    x = F.interpolate(x, scale_factor=scale, mode='bicubic', antialias=True, recompute_scale_factor=False)
+    start, size = round(pad*scale), [-int(-n*scale//1) for n in img.shape[-2:]]
+    x = x[..., start:start + size[0], start:start + size[1]]
+    return x if img.ndim == 4 else x[0]
+
 # %% ../nbs/02_metrics.ipynb #37f9d283
 class Measure:
     "Something to score with: named, perhaps not available, loaded when first used."
@@ -207,13 +244,19 @@ class Measure:
 # %% ../nbs/02_metrics.ipynb #07bcab04
 class Metric(Measure):
     "One number per image pair. Its own `protocol`, where it has one, takes precedence over the caller's."
+    needs_hq = True # False: looks at `out` alone, whatever `hq` is
+
     def __call__(self,
         out:Tensor, # restored, B×3×H×W or 3×H×W
-        hq:Tensor, # clean, same shape, in [0,1]
+        hq:Tensor|None=None, # clean, same shape, in [0,1]; may be None where the metric does not need it
         protocol:str|Protocol='rgb',
     ) -> Tensor|None: # B, float64; None: not available
+        if self.needs_hq and hq is None:
+            alone = ', '.join(n for n, m in METRICS.items() if not m.needs_hq)
+            raise ValueError(f'{self.name} compares with a clean image, but hq is None: expected only metrics that need none ({alone})')
         if not self.available: return None
-        return self.measure(*check_pair(out, hq), self.protocol or get_protocol(protocol)).double()
+        pair = check_pair(out, hq) if self.needs_hq else (check_images(out), None)
+        return self.measure(*pair, self.protocol or get_protocol(protocol)).double()
 
 # %% ../nbs/02_metrics.ipynb #34883043
 class PSNR(Metric):
@@ -317,6 +360,74 @@ def measure(self:STLPIPS, out, hq, protocol):
         return torch.cat([sum(lin((a - b)**2).mean((1, 2, 3)) for lin, a, b in zip(self.network.lins, self.features(o), h))
                           for o, h in zip(out.split(self.chunk), self.hq_features(hq))])
 
+# %% ../nbs/02_metrics.ipynb #ec33e7f0
+def contrast_normalised(
+    x:Tensor, # B×1×H×W, float64, levels 0…255
+    window:Tensor, # 7×7 weights, sum 1
+) -> Tensor: # B×1×H×W, around 0
+    "Each pixel relative to its neighbourhood's mean and spread."
+    def seen(x): return F.conv2d(F.pad(x, (3,)*4, mode='replicate'), window[None, None])
+    mean = seen(x)
+    return (x - mean)/((seen(x*x) - mean**2).abs().sqrt() + 1)
+
+# %% ../nbs/02_metrics.ipynb #9389e5ff
+@cache
+def _shapes(): # α, and per α: the left side of the equation, β/σ, η/(β_r-β_l)
+    alpha = torch.arange(200, 10001).double()/1000
+    g1, g2, g3 = (torch.lgamma(k/alpha).exp() for k in (1, 2, 3))
+    return alpha, g2**2/(g1*g3), (g1/g3).sqrt(), g2/g1
+
+def asymmetric_fit(
+    x:Tensor, # ...×h×w, float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # α, η, β_l, β_r, each ...; all but α nan where one side of zero is empty
+    "The asymmetric generalised Gaussian that fits the values of each block."
+    alpha, ratio, width, shift = (t.to(x.device) for t in _shapes())
+    left, right = (((x*side)**2).sum((-2, -1)).div(side.sum((-2, -1))).sqrt() for side in (x < 0, x > 0))
+    g = left/right
+    found = x.abs().mean((-2, -1))**2/x.square().mean((-2, -1)) * (g**3 + 1)*(g + 1)/(g**2 + 1)**2
+    i = torch.searchsorted((ratio[1:] + ratio[:-1])/2, found.nan_to_num(0)) # a block without contrast gets the smallest α, as officially
+    return alpha[i], (right - left)*width[i]*shift[i], left*width[i], right*width[i]
+
+# %% ../nbs/02_metrics.ipynb #2a906003
+def block_features(
+    x:Tensor, # ...×h×w, normalised blocks
+) -> Tensor: # ...×18
+    "Shapes and widths of a block's values and of the products of its neighbours."
+    alpha, _, left, right = asymmetric_fit(x)
+    products = torch.stack([x*x.roll(by, (-2, -1)) for by in ((0, 1), (1, 0), (1, 1), (1, -1))], -3)
+    return torch.cat([torch.stack([alpha, (left + right)/2], -1), torch.stack(asymmetric_fit(products), -1).flatten(-2)], -1)
+
+def niqe_features(
+    x:Tensor, # B×1×H×W, float64, levels 0…255
+    window:Tensor, # 7×7 weights, sum 1
+    block:int=96, # side, in pixels; those that do not fill a block are left out
+) -> Tensor: # B×blocks×36
+    "The features of each block, at full and at half size."
+    def per_block(x, n): return block_features(contrast_normalised(x, window).unfold(-2, n, n).unfold(-2, n, n).flatten(1, 3))
+    x = x[..., :x.shape[-2]//block*block, :x.shape[-1]//block*block]
+    return torch.cat([per_block(x, block), per_block(imresize(x, 1/2), block//2)], -1)
+
+# %% ../nbs/02_metrics.ipynb #486a4e5a
+class NIQE(Metric):
+    "How far an image's local statistics lie from those of clean photographs; at least two blocks of 96×96 px."
+    name, protocol, needs_hq = 'niqe', PROTOCOLS['y'], False
+
+    def load(self): # ν_0, Σ_0 and the window
+        package = find_spec('mmeval')
+        if not package: raise ImportError("the package mmeval, which holds NIQE's parameters, is not installed")
+        p = np.load(Path(package.origin).parent/'extra_data'/'niqe_pris_params.npz')
+        return tuple(torch.from_numpy(p[k]).double() for k in ('mu_pris_param', 'cov_pris_param', 'gaussian_window'))
+
+    def measure(self, out, hq, protocol):
+        mean, cov, window = (p.to(out.device) for p in self.network)
+        x = protocol.prepare(out).mul(255).round()
+        h, w = x.shape[-2:]
+        if (h//96)*(w//96) < 2: raise ValueError(f'niqe needs at least two blocks of 96×96 px, not {h}×{w}')
+        def distance(f): # of one image, blocks×36
+            d, f = f.nanmean(0) - mean[0], f[~f.isnan().any(1)]
+            return (d @ torch.linalg.pinv((cov + f.T.cov())/2) @ d).sqrt() if len(f) > 1 else d.new_tensor(torch.nan)
+        return torch.stack([distance(f) for f in niqe_features(x, window)])
+
 # %% ../nbs/02_metrics.ipynb #8eed2213
 def frechet_distance(
     f1:Tensor, # n1×d features
@@ -418,7 +529,7 @@ def between(self:SetMetric,
 
 # %% ../nbs/02_metrics.ipynb #5af133b3
 inception, lite0 = Inception(), Lite0()
-METRICS = {m.name: m for m in (PSNR(), SSIM(), LPIPS(), STLPIPS())}
+METRICS = {m.name: m for m in (PSNR(), SSIM(), LPIPS(), STLPIPS(), NIQE())}
 SET_METRICS = {m.name: m for m in (SetMetric('fid', inception, frechet_distance), SetMetric('kid', inception, kernel_distance),
                                    SetMetric('fd_lite0', lite0, frechet_distance), SetMetric('kd_lite0', lite0, kernel_distance))}
 
@@ -440,14 +551,15 @@ def _no_clash(stamp, taken):
 # %% ../nbs/02_metrics.ipynb #c4ce0b4f
 def score(
     out:Tensor, # restored, B×3×H×W
-    hq:Tensor, # clean, same shape, in [0,1]
+    hq:Tensor|None=None, # clean, same shape, in [0,1]; None: there is none, and only metrics that need none may be asked for
     protocol:str|Protocol='rgb',
     metrics=('psnr', 'ssim', 'stlpips'), # names from `METRICS`, or `Metric` objects
     names=None, # B image names; default: their numbers in the batch
     **stamp, # further columns, the same on every row: method, degradation, seed, ...
 ) -> list[dict]: # one row per image
     "Measure every image of a batch, with the protocol on every row."
-    p, measures, (out, hq) = get_protocol(protocol), _lookup(metrics, METRICS, 'metric'), check_pair(out, hq)
+    p, measures = get_protocol(protocol), _lookup(metrics, METRICS, 'metric')
+    out, hq = (check_images(out), None) if hq is None else check_pair(out, hq)
     names = list(range(len(out))) if names is None else list(names)
     if len(names) != len(out): raise ValueError(f'{len(names)} names were given for {len(out)} images')
     values = {m.name: m(out, hq, p) for m in measures}
@@ -469,31 +581,3 @@ def score_set(
     for m in measures: row[m.name] = m.between(*features[m.backbone]) if m.available else None
     _no_clash(stamp, {'protocol', 'n', 'n_hq', *row})
     return dict(**stamp, protocol=PROTOCOLS['rgb'].name, n=len(out), n_hq=len(hq), **row)
-
-# %% ../nbs/02_metrics.ipynb #97762727
-def clip_transform(
-    img:Tensor, # 3×H×W, RGB in [0,1]
-    resolution:int=224, # side of the square that the CLIP in question takes
-) -> Tensor: # 3×resolution×resolution, normalised as OpenAI's CLIP expects
-    "The official preparation of an image for CLIP: truncate to 8 bits, resize the short side, crop the centre, normalise."
-    pil = TF.to_pil_image(img.clamp(0, 1).mul(255).to(torch.uint8))
-    pil = TF.center_crop(TF.resize(pil, resolution, TF.InterpolationMode.BICUBIC), resolution)
-    return TF.normalize(TF.to_tensor(pil), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-# %% ../nbs/02_metrics.ipynb #74549895
-def imresize(
-    img:Tensor, # B×3×H×W or 3×H×W
-    scale:float, # a whole number, or one divided by a whole number
-) -> Tensor: # ⌈H·scale⌉×⌈W·scale⌉
-    "Bicubic resize with antialiasing, as Matlab does it."
-    step = round(max(1/scale, 1)) # input pixels per output pixel
-    if abs(scale*step - round(scale*step)) > 1e-9: raise ValueError(f'imresize takes scales such as 2, 3, 1/2 or 1/4, not {scale}')
-    pad, x = 4*step, img if img.ndim == 4 else img[None]
-    for dim in (-2, -1):
-        n = x.shape[dim]
-        i = torch.arange(-pad, n + pad + -n % step, device=x.device) % (2*n)
-        x = x.index_select(dim, torch.where(i < n, i, 2*n - 1 - i))
-    x = F.interpolate(x, scale_factor=scale, mode='bicubic', antialias=True, recompute_scale_factor=False)
-    start, size = round(pad*scale), [-int(-n*scale//1) for n in img.shape[-2:]]
-    x = x[..., start:start + size[0], start:start + size[1]]
-    return x if img.ndim == 4 else x[0]

@@ -313,7 +313,7 @@ def prior_card(name:str, kind:str, config:LoopConfig, facts:dict) -> str: # Mark
                  loss='training loss')
     settings = {k: v for k, v in asdict(config).items() if k not in unused}
     rows = '\n'.join(f'| {units.get(k, k)} | {said(v)} |' for k, v in (facts | settings).items())
-    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): a photograph becomes a quarter as wide and high, in four channels.",
+    what = dict(autoencoder="An autoencoder (diffusers' `AutoencoderKL`): photographs a quarter as wide and high, in four channels.",
                 prior="A latent diffusion model (diffusers' `UNet2DConditionModel`): it draws photographs after a caption.")
     return f"""# {name}
 

@@ -183,7 +183,7 @@ def _check(self:Restorer):
 # %% ../nbs/09_restore.ipynb #7f17aefe
 @patch(cls_method=True)
 def from_weights(cls:Restorer,
-    source:str|Path, # name of packaged weights, or a .safetensors file of `save_weights`
+    source:str|Path, # name of packaged weights, or a file, as for `load_weights`
     device:str|None=None, # 'cpu', 'cuda' …; None: the GPU when there is one
     **options, # for `Restorer`
 ) -> Restorer:

@@ -5,6 +5,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_data import full_size
 from safetensors.torch import load_file, save_file
 
 from daclip_repro.controller import (
@@ -22,6 +23,7 @@ from daclip_repro.controller import (
 )
 from daclip_repro.degradations import DEGRADATIONS
 from daclip_repro.metrics import clip_transform
+from daclip_repro.wild import WILD_COMBINATIONS
 
 TINY = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=3, head_width=32),
             text_cfg=dict(context_length=16, vocab_size=614, width=32, heads=2, layers=1))
@@ -296,6 +298,33 @@ def test_official_layouts_load(tmp_path, weights, wrap):
     torch.save(wrap(weights), tmp_path/'official.pt')
     loaded = load_daclip(tmp_path/'official.pt', config=TINY)
     assert all(torch.equal(v, weights[k]) for k,v in loaded.state_dict().items())
+
+
+def test_the_robust_checkpoint_loads_by_name_at_full_size(tmp_path):
+    "Each tensor is full of a number of its own, which takes one number on disk; half precision needs 2.5 GB of memory."
+    draw = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn((), generator=draw).half().expand(shape) for k, shape in full_size('daclip_ViT-L-14')['shapes'].items()}
+    weights |= {k: weights[f'clip.{k}'] for k in weights if k.startswith('visual.')}
+    torch.save(weights, tmp_path/'wild-daclip_ViT-L-14.pt')
+    torch.set_default_dtype(torch.half)
+    try: loaded = load_daclip(tmp_path/'wild-daclip_ViT-L-14.pt')
+    finally: torch.set_default_dtype(torch.float)
+    ends = {k: v.flatten()[[0, -1]].tolist() for k,v in loaded.state_dict().items()}
+    assert ends == {k: [v.max().item()]*2 for k,v in weights.items()}
+    assert loaded.words == WILD_COMBINATIONS and loaded.clip.visual.output_dim == 768
+
+
+@pytest.mark.parametrize('name,words', [('daclip_ViT-B-32.pt', DEGRADATIONS), ('wild-daclip_ViT-L-14.pt', WILD_COMBINATIONS)])
+def test_an_official_name_says_the_words(tmp_path, monkeypatch, weights, name, words):
+    monkeypatch.setitem(CLIP_CONFIGS, name[-11:-3], TINY)
+    torch.save(weights, tmp_path/name)
+    loaded = load_daclip(tmp_path/name)
+    assert loaded.words == words and loaded.classify(photos()).shape == (3, len(words))
+
+
+def test_own_words_win_over_the_name(tmp_path):
+    model = DACLIP(make_clip(TINY), ('faded',))
+    assert load_daclip(save_daclip(model, tmp_path/'wild-mine.safetensors', TINY)).words == ('faded',)
 
 
 @pytest.mark.parametrize('change,words', [

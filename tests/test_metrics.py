@@ -111,6 +111,13 @@ def test_data_range_is_the_peak():
     (lambda: M.psnr(SMALL[..., :8], SMALL[..., :8], 'rgb-crop4'), 'nothing is left of a 32×8 image'),
     (lambda: M.ssim(SMALL[..., :18], SMALL[..., :18], 'rgb-crop4'), "at least 11×11 px; protocol 'rgb-crop4' leaves 24×10"),
     (lambda: M.METRICS['stlpips'](SMALL[..., :20], SMALL[..., :20]), 'at least 21 px, not 32×20'),
+    (lambda: M.METRICS['niqe'](SMALL[..., :96]), 'two blocks of 96×96 px, not 32×40'),
+    (lambda: M.METRICS['niqe'](torch.zeros(3, 191, 191)), 'two blocks of 96×96 px, not 191×191'),
+    (lambda: M.METRICS['niqe'](SMALL.byte()), 'must be float'),
+    (lambda: M.METRICS['niqe'](SMALL[:, :1]), 'must be B×3×H×W'),
+    (lambda: M.psnr(SMALL, SMALL.byte()), 'must be float'),
+    (lambda: M.score(SMALL, metrics=['psnr']), r'psnr compares with a clean image, but hq is None: .* that need none \(niqe\)'),
+    (lambda: M.METRICS['lpips'](SMALL), 'lpips compares with a clean image'),
     (lambda: M.score(SMALL, SMALL, metrics=['fid']), "metric 'fid' is not known; expected psnr"),
     (lambda: M.score(SMALL, SMALL, names=['a']), '1 names were given for 3 images'),
     (lambda: M.score(SMALL, SMALL, protocol_='x', metrics=['psnr'], image='x'), "stamp 'image' would overwrite"),
@@ -239,6 +246,65 @@ def test_stlpips_is_the_packages_value_and_keeps_no_stale_features():
 def test_stlpips_smallest_image():
     m = M.METRICS['stlpips']
     assert m(WORSE[..., :21, :21], SMALL[..., :21, :21]).isfinite().all()
+
+
+# ---- NIQE
+
+# NaturalImageQualityEvaluator(convert_to='y') of the package mmeval 0.2.1, on the 8-bit photograph and on photograph ^ 15;
+# the last two have flat parts, where the last digit of the arithmetic decides which side of zero a pixel counts on.
+BY_MMEVAL = {'chelsea': (2.6255266, 4.8463743), 'coffee': (4.1153315, 6.1749337), 'rocket': (6.9709494, 6.9976936),
+             'motorcycle': (2.6723735, 3.8515859), 'flower': (4.8933189, 5.5999656), 'astronaut': (3.1004469,), 'china': (4.2732560,)}
+
+
+@pytest.mark.parametrize('name', BY_MMEVAL)
+def test_niqe_is_the_value_of_mmeval(name):
+    photo = M.to_uint8(next(p for p in packaged_photos() if p.name == name).load())
+    for img, want in zip((photo, photo ^ 15), BY_MMEVAL[name]):
+        assert M.METRICS['niqe'](img/255).item() == pytest.approx(want, rel=1e-4 if name in ('astronaut', 'china') else 1e-6)
+
+
+def test_niqe_of_a_batch_looks_at_out_alone_and_only_at_whole_blocks():
+    m, photos = M.METRICS['niqe'], torch.stack([p.load()[:, :200, :240] for p in packaged_photos()[:3]])
+    both = m(photos)
+    assert both.dtype == torch.float64 and torch.allclose(torch.cat([m(p) for p in photos]), both, rtol=1e-9)
+    assert torch.equal(m(photos, photos[:, :, :9]*99, 'rgb-crop4'), both) # neither hq nor the caller's protocol counts
+    ragged = photos.clone()
+    ragged[..., 192:, :] = ragged[..., 192:] = 0
+    assert torch.equal(m(ragged), both)
+    assert m(photos[..., :96, :192]).isfinite().all()
+
+
+def test_niqe_of_black_blocks():
+    "Six of eight blocks have no contrast at all: mmeval counts only their α, the smallest of the table, and its value is 17.528182."
+    m, photo = M.METRICS['niqe'], packaged_photos()[1].load()[:, :192, :384].clone()
+    photo[..., 80:] = 0
+    assert m(photo).item() == pytest.approx(17.528182, rel=1e-6)
+    assert m(photo[:, :96]).isnan() # one block with contrast: no covariance
+    assert m(torch.zeros(3, 192, 192)).isnan() and m(torch.full((3, 192, 192), torch.nan)).isnan()
+
+
+def test_scores_without_clean_images():
+    photos = torch.stack([p.load()[:, :192, :192] for p in packaged_photos()[:2]])
+    rows = M.score(photos, metrics=['niqe'], names='ab', method='none')
+    assert [list(r) for r in rows] == [['image', 'method', 'protocol', 'niqe', 'niqe_protocol']]*2
+    assert [r['niqe'] for r in rows] == M.METRICS['niqe'](photos).tolist() and rows[0]['niqe_protocol'] == 'y'
+    beside = M.score(photos, photos.flip(0), metrics=['psnr', 'niqe'])
+    assert [r['niqe'] for r in beside] == [r['niqe'] for r in rows]
+    with pytest.raises(ValueError, match='stlpips compares with a clean image'): M.score(photos, metrics=['niqe', 'stlpips'])
+
+
+def test_niqe_without_its_package(monkeypatch):
+    monkeypatch.setattr(M, 'find_spec', lambda name: None)
+    m = M.NIQE()
+    assert not m.available and m(SMALL) is None and m.why_not == "the package mmeval, which holds NIQE's parameters, is not installed"
+    assert M.score(SMALL, metrics=[m])[0]['niqe'] is None
+
+
+def test_niqe_imports_no_package():
+    code = ('import sys, daclip_repro.metrics as m\n'
+            'assert m.METRICS["niqe"].available, m.METRICS["niqe"].why_not\n'
+            'print([p for p in ("mmeval", "cv2") if p in sys.modules])')
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
 # ---- sets

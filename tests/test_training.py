@@ -7,12 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from golden_data import full_size
 from safetensors.torch import save_file
 
+from daclip_repro.cli import main
+from daclip_repro.controller import CLIP_CONFIGS, DACLIP, make_clip
 from daclip_repro.degradations import DEGRADATIONS
 from daclip_repro.irsde import IRSDE
 from daclip_repro.loop import load_config, make_config, to_bytes
-from daclip_repro.photos import Photo, packaged_photos
+from daclip_repro.photos import Photo, load_image, packaged_photos, save_image
+from daclip_repro.restore import Restorer
 from daclip_repro.training import (
     CONFIGS,
     Denoiser,
@@ -103,7 +107,8 @@ def test_packaged_weights_load_and_have_a_card():
     assert packaged_weights()
     for name, path in packaged_weights().items():
         restorer = load_weights(name)
-        assert bool(restorer.words) == (restorer.condition == 'word') and bool(restorer.daclip) == (restorer.condition == 'both')
+        assert bool(restorer.words) == (restorer.condition == 'word')
+        assert bool(restorer.daclip) == (restorer.condition in ('both', 'content'))
         assert name in path.with_suffix('.md').read_text()
     assert sum(p.stat().st_size for p in packaged_weights().values()) < 40e6
 
@@ -164,6 +169,66 @@ def spoiled(tmp_path, how):
 def test_bad_weights_are_refused(tmp_path, how):
     with pytest.raises(ValueError) as e: load_weights(spoiled(tmp_path, how))
     assert len(str(e.value)) > 20
+
+
+# the authors' weights: file, configuration, golden list of the network, DA-CLIP and the length of its embeddings
+OFFICIAL = [('wild-ir.pth', 'wild-paper', 'unet_wild_ir_train', 'wild-daclip_ViT-L-14.pt', 768),
+            ('universal-ir.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32.pt', 512),
+            ('universal-ir-mix.pth', 'unified-paper', 'unet_universal_ir_train', 'daclip_ViT-B-32_mix.pt', 512)]
+
+
+def stand_in(monkeypatch, file, length):
+    "A small DA-CLIP under an official name."
+    tiny = dict(embed_dim=length, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=2, head_width=32),
+                text_cfg=dict(context_length=16, vocab_size=614, width=32, heads=2, layers=1))
+    monkeypatch.setitem(CLIP_CONFIGS, file.name.split('_')[1].removesuffix('.pt'), tiny)
+    torch.manual_seed(7)
+    daclip = DACLIP(make_clip(tiny))
+    torch.save(daclip.state_dict(), file)
+    return daclip.eval()
+
+
+@pytest.mark.parametrize('name, config, layout, daclip, length', OFFICIAL)
+def test_official_weights_load_at_full_size(tmp_path, monkeypatch, name, config, layout, daclip, length):
+    stand_in(monkeypatch, tmp_path/daclip, length)
+    draw = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn(shape, generator=draw).half() for k, shape in full_size(layout)['shapes'].items()}
+    torch.save(weights, tmp_path/name)
+    restorer = load_weights(tmp_path/name)
+    assert_same(restorer.net.state_dict(), {k: v.float() for k, v in weights.items()})
+    assert restorer.parametrisation == 'noise' and repr(restorer.sde) == repr(IRSDE(50, 100, 'cosine', .005))
+    torch.save({k: v for k, v in weights.items() if k != 'init_conv.weight'}, tmp_path/name)
+    with pytest.raises(ValueError, match=f'{name} does not fit this ConditionalUNet: 1 missing: init_conv'): load_weights(tmp_path/name)
+
+
+@pytest.mark.parametrize('name, config, layout, daclip, length', OFFICIAL)
+def test_official_weights_restore_from_the_command_line(tmp_path, monkeypatch, capsys, name, config, layout, daclip, length):
+    monkeypatch.setitem(CONFIGS, config, replace(CONFIGS[config], network=CONFIGS[config].network | dict(nf=16, ch_mult=(1, 2))))
+    told = stand_in(monkeypatch, tmp_path/daclip, length)
+    denoiser = build(replace(CONFIGS[config], seed=3), told)
+    torch.save({'state_dict': {f'module.{k}': v for k, v in denoiser.net.state_dict().items()}}, tmp_path/name)
+    save_image(packaged_photos()[0].load()[:, :40, :56], tmp_path/'photo.png')
+    monkeypatch.chdir(tmp_path)
+    assert main(['restore', 'photo.png', '--weights', name, '--out', 'out', '--device', 'cpu', '--steps', '2']) == 0
+    restored = Restorer(denoiser, 'cpu').restore(load_image('photo.png'), steps=2)
+    assert (load_image('out/photo.png') - restored).abs().max() <= .51 / 255 and .01 < restored.mean() < .99
+    assert ('%)' in capsys.readouterr().out) == (config == 'unified-paper') # the wild network is not told what is wrong
+
+
+@pytest.mark.parametrize('name, config, layout, daclip, length', OFFICIAL)
+def test_official_weights_without_their_daclip_say_where_it_belongs(tmp_path, monkeypatch, name, config, layout, daclip, length):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, name)
+    for source in (name, tmp_path/name):
+        with pytest.raises(FileNotFoundError, match=f'put {daclip} into {tmp_path}$') as e: load_weights(source)
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['lastest_EMA.pth', 'universal-wild.pth', 'model.pt', 'weights.ckpt'])
+def test_official_weights_are_known_by_name(tmp_path, name):
+    torch.save({}, tmp_path/name)
+    with pytest.raises(ValueError, match=f'{name}: .* wild-ir.pth and universal-ir.pth$') as e: load_weights(tmp_path/name)
+    assert '\n' not in str(e.value)
 
 
 def test_importing_training_is_light():

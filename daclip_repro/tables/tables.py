@@ -37,9 +37,9 @@ class Metric(NamedTuple):
 
 # %% ../../nbs/tables/01_tables.ipynb #12909964
 METRICS = {'psnr': Metric('PSNR', 'dB', True, 2), 'ssim': Metric('SSIM', '', True, 3), 'stlpips': Metric('ST-LPIPS', '', False, 3),
-           'lpips': Metric('LPIPS', '', False, 3), 'seconds': Metric('time', 's', False, 2),
+           'lpips': Metric('LPIPS', '', False, 3), 'niqe': Metric('NIQE', '', False, 2), 'seconds': Metric('time', 's', False, 2),
            'accuracy': Metric('accuracy', '%', True, 1), 'similarity': Metric('similarity', '', True, 3)}
-QUALITY = ('psnr', 'ssim', 'stlpips', 'lpips', 'accuracy', 'similarity')
+QUALITY = ('psnr', 'ssim', 'stlpips', 'lpips', 'niqe', 'accuracy', 'similarity')
 BY, BASELINE, AVERAGE = ('method', 'steps'), {'method': 'input'}, 'average'
 METHODS = ('input', 'sde', 'ode', 'posterior')
 
