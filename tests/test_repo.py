@@ -150,7 +150,7 @@ def test_no_paths_of_a_developers_machine():
 
 def test_package_data_stays_small():
     sizes = {f: f.stat().st_size for f in project_files() if f.is_relative_to(ROOT/"daclip_repro"/"weights")}
-    assert sum(sizes.values()) <= 40e6, sizes
+    assert sum(sizes.values()) <= 60e6, sizes
 
 
 # --- experiments
