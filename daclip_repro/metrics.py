@@ -6,9 +6,9 @@
 __all__ = ['PROTOCOLS', 'WINDOW', 'PAPER_PROTOCOLS', 'inception', 'lite0', 'METRICS', 'SET_METRICS', 'Protocol', 'get_protocol',
            'levels', 'to_uint8', 'rgb_to_ycbcr', 'check_images', 'check_pair', 'psnr', 'gaussian_window', 'ssim_map',
            'ssim', 'Reported', 'clip_transform', 'imresize', 'Measure', 'Metric', 'PSNR', 'SSIM', 'reachable',
-           'cached_weights', 'LPIPS', 'STLPIPS', 'contrast_normalised', 'asymmetric_fit', 'block_features', 'NIQE',
-           'frechet_distance', 'kernel_distance', 'Inception', 'Lite0', 'SetMetric', 'available_metrics', 'score',
-           'score_set']
+           'cached_weights', 'LPIPS', 'STLPIPS', 'contrast_normalised', 'asymmetric_fit', 'block_features',
+           'niqe_features', 'NIQE', 'frechet_distance', 'kernel_distance', 'Inception', 'Lite0', 'SetMetric',
+           'available_metrics', 'score', 'score_set']
 
 # %% ../nbs/02_metrics.ipynb #2599580c
 import warnings, zipfile
@@ -397,10 +397,20 @@ def block_features(
     products = torch.stack([x*x.roll(by, (-2, -1)) for by in ((0, 1), (1, 0), (1, 1), (1, -1))], -3)
     return torch.cat([torch.stack([alpha, (left + right)/2], -1), torch.stack(asymmetric_fit(products), -1).flatten(-2)], -1)
 
+def niqe_features(
+    x:Tensor, # B×1×H×W, float64, levels 0…255
+    window:Tensor, # 7×7 weights, sum 1
+    block:int=96, # side, in pixels; those that do not fill a block are left out
+) -> Tensor: # B×blocks×36
+    "The features of each block, at full and at half size."
+    def per_block(x, n): return block_features(contrast_normalised(x, window).unfold(-2, n, n).unfold(-2, n, n).flatten(1, 3))
+    x = x[..., :x.shape[-2]//block*block, :x.shape[-1]//block*block]
+    return torch.cat([per_block(x, block), per_block(imresize(x, 1/2), block//2)], -1)
+
 # %% ../nbs/02_metrics.ipynb #486a4e5a
 class NIQE(Metric):
     "How far an image's local statistics lie from those of clean photographs; at least two blocks of 96×96 px."
-    name, protocol, needs_hq, block = 'niqe', PROTOCOLS['y'], False, 96
+    name, protocol, needs_hq = 'niqe', PROTOCOLS['y'], False
 
     def load(self): # ν_0, Σ_0 and the window
         package = find_spec('mmeval')
@@ -408,25 +418,15 @@ class NIQE(Metric):
         p = np.load(Path(package.origin).parent/'extra_data'/'niqe_pris_params.npz')
         return tuple(torch.from_numpy(p[k]).double() for k in ('mu_pris_param', 'cov_pris_param', 'gaussian_window'))
 
-    def features(self,
-        x:Tensor, # B×1×H×W, float64, levels 0…255
-        window:Tensor, # 7×7
-    ) -> Tensor: # B×blocks×36
-        "Of each block, at full and at half size."
-        def per_block(x, n): return block_features(contrast_normalised(x, window).unfold(-2, n, n).unfold(-2, n, n).flatten(1, 3))
-        return torch.cat([per_block(x, self.block), per_block(imresize(x, 1/2), self.block//2)], -1)
-
-# %% ../nbs/02_metrics.ipynb #b7094067
-@patch
-def measure(self:NIQE, out, hq, protocol):
-    mean, cov, window = (p.to(out.device) for p in self.network)
-    x = protocol.prepare(out).mul(255).round()
-    h, w = (s//self.block for s in x.shape[-2:])
-    if h*w < 2: raise ValueError('niqe needs at least two blocks of {0}×{0} px, not {1}×{2}'.format(self.block, *x.shape[-2:]))
-    def distance(f): # blocks×36
-        d, f = f.nanmean(0) - mean[0], f[~f.isnan().any(1)]
-        return (d @ torch.linalg.pinv((cov + f.T.cov())/2) @ d).sqrt() if len(f) > 1 else d.new_tensor(torch.nan)
-    return torch.stack([distance(f) for f in self.features(x[..., :h*self.block, :w*self.block], window)])
+    def measure(self, out, hq, protocol):
+        mean, cov, window = (p.to(out.device) for p in self.network)
+        x = protocol.prepare(out).mul(255).round()
+        h, w = x.shape[-2:]
+        if (h//96)*(w//96) < 2: raise ValueError(f'niqe needs at least two blocks of 96×96 px, not {h}×{w}')
+        def distance(f): # of one image, blocks×36
+            d, f = f.nanmean(0) - mean[0], f[~f.isnan().any(1)]
+            return (d @ torch.linalg.pinv((cov + f.T.cov())/2) @ d).sqrt() if len(f) > 1 else d.new_tensor(torch.nan)
+        return torch.stack([distance(f) for f in niqe_features(x, window)])
 
 # %% ../nbs/02_metrics.ipynb #8eed2213
 def frechet_distance(

@@ -91,7 +91,7 @@ def executed_page(
 
 # %% ../nbs/12_website.ipynb #8e0570f1
 CHAPTERS = {0: "Photographs and measures", 3: "IR-SDE and DA-CLIP", 7: "Other networks, and training", 9: "Using it"} # from this number on
-FOLDERS = {"sweeps": "Many runs", "tables": "From rows to tables"}
+FOLDERS = {"diff_restorer": "Diff-Restorer", "sweeps": "Many runs", "tables": "From rows to tables"}
 
 def chapter(
     path:str, # of a page, relative to nbs/

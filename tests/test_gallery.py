@@ -57,6 +57,18 @@ def test_the_claim_ranks_and_every_tile_has_its_own_numbers(made, tmp_path):
     assert all(t['lpips'] is None for t in hazy['cases'][0]['tiles'][:-1])
 
 
+def test_without_clean_photographs_the_measure_that_needs_none_ranks(tmp_path):
+    made = run(tmp_path, 1, [('m', 10)])
+    index = tmp_path/'runs'/('1' * 16)/'pictures/index.json'
+    content = json.loads(index.read_text())
+    change(index, methods=[m for m in content['methods'] if m['method'] != 'HQ'])
+    made = archive(made.rename(columns={'psnr': 'niqe'}))
+    write(made, tmp_path)
+    noisy = ga.read_gallery('made', tmp_path)['degradations'][1]
+    assert [(c['case'], c['photo'], c['gain']) for c in noisy['cases']] == [('best', 'a', 0.), ('median', 'c', -2.), ('worst', 'd', -3.)]
+    assert [t['line'] for t in noisy['cases'][0]['tiles']] == ['input', 'm 10'] and ga.gallery_problems(made, tmp_path) == []
+
+
 def test_a_tile_is_cut_where_the_index_says(made, tmp_path):
     write(made, tmp_path)
     noisy = ga.read_gallery('made', tmp_path)['degradations'][1]
@@ -71,7 +83,9 @@ def test_a_tile_is_cut_where_the_index_says(made, tmp_path):
 @pytest.mark.parametrize('claims, by', [
     ([], 'm 10'), ([dict(better={'method': 'absent', 'steps': 3}), dict(better={'method': 'n'})], 'n'),
     ([dict(better={'method': 'input'})], 'm 10'), ([dict(better={'method': 'n', 'degradation': 'noisy'}), CLAIM], 'm 10'),
-    ([dict(better={'method': 'm', 'steps': [10, 20]}), dict(better={'method': 'm', 'steps': 20})], 'm 20')])
+    ([dict(better={'method': 'm', 'steps': [10, 20]}), dict(better={'method': 'm', 'steps': 20})], 'm 20'),
+    ([dict(better={'method': 'm', 'steps': 20, 'degradation': ['noisy']}),
+      dict(better={'method': 'n', 'degradation': ['noisy', 'hazy']})], 'n')])
 def test_which_method_ranks(claims, by): assert ga.deciding_line(['input', 'm 10', 'm 20', 'n'], claims, 'hazy') == by
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 from .archive import Archive
-from .tables import QUALITY, check_name, write_file
+from .tables import METRICS, QUALITY, check_name, write_file
 
 # %% ../../nbs/tables/03_gallery.ipynb #ab2661e6
 def line_name(
@@ -96,13 +96,14 @@ def deciding_line(
     degradation:str, # word
 ) -> str: # one of the lines
     "Whose gain ranks the photographs."
-    about = [c['better'] for c in claims if c['better'].get('degradation', degradation) == degradation]
+    def of(word): return degradation in word if isinstance(word, list) else degradation == word
+    about = [c['better'] for c in claims if of(c['better'].get('degradation', degradation))]
     about = [b for b in about if isinstance(b.get('method'), str) and not isinstance(b.get('steps'), list)] # of one line
     named = [line_name(b['method'], b.get('steps', 0)) for b in about]
     return next(line for line in [*named, *lines] if line in lines and line != 'input')
 
 def cases(
-    gains:dict, # photograph → gain over the input, dB
+    gains:dict, # photograph → gain over the input
 ) -> dict: # 'best', 'median' and 'worst' → photograph; fewer where there are fewer photographs
     "The photographs to show; of two in the middle the worse one."
     ranked = sorted(gains, key=lambda p: (-gains[p], p))
@@ -148,13 +149,15 @@ def choose(
     "The cases of every degradation, with their pictures."
     there = strips(archive, runs)
     words = list(dict.fromkeys(w for line, w in there if line != 'HQ'))
-    if not words or ('HQ', 'any') not in there: return None
-    metrics, clean = [m for m in QUALITY if m in archive.rows], tiles(there['HQ', 'any'])
+    metrics = [m for m in QUALITY if m in archive.rows]
+    rank = next((m for m in metrics if archive.rows[m].notna().any()), None)
+    if not words or rank is None: return None
+    clean = {'HQ': tiles(there['HQ', 'any'])} if ('HQ', 'any') in there else {}
     order = [n for n in dict.fromkeys(['input', *line_names(archive.rows)]) if n in {line for line, _ in there}]
     at = by_image(archive)
     content, pictures, used = [], {}, set()
     for word in words:
-        cut = {line: tiles(there[line, word]) for line in order if (line, word) in there} | {'HQ': clean}
+        cut = {line: tiles(there[line, word]) for line in order if (line, word) in there} | clean
         def row(line, photo, word=word):
             strip = there[line, word]
             key = (strip.run, line, word, photo, strip.seed)
@@ -162,19 +165,20 @@ def choose(
             return at.loc[key]
         lines = [line for line in cut if line != 'HQ']
         if 'input' not in lines or len(lines) < 2: continue
-        by, shown = deciding_line(lines, claims, word), [p for p in clean if all(p in c for c in cut.values())]
-        gains = {p: row(by, p).psnr - row('input', p).psnr for p in shown}
+        by, shown = deciding_line(lines, claims, word), [p for p in cut['input'] if all(p in c for c in cut.values())]
+        gains = {p: (row(by, p)[rank] - row('input', p)[rank]) * (1 if METRICS[rank].higher else -1) for p in shown}
         found = []
         for case, photo in cases(gains).items():
-            own = [dict(line=n, run=there[n, word].run) | numbers(row(n, photo), metrics) for n in lines] + [dict(line='HQ')]
+            own = [dict(line=n, run=there[n, word].run) | numbers(row(n, photo), metrics) for n in lines]
             pictures |= {(word, photo, line): c[photo] for line, c in cut.items()}
             place = crop_place([c[photo] for line, c in cut.items() if line != 'input'])
+            used |= {t['run'] for t in own}
+            own += [dict(line=n) for n in clean]
             found.append(dict(case=case, photo=photo, gain=round(float(gains[photo]), 4), crop=place, tiles=own))
-            used |= {t['run'] for t in own[:-1]}
         content.append(dict(degradation=word, by=by, photographs=len(shown), cases=found))
     facts = {r['run']: {k: r[k] for k in ('point', 'commit', 'finished')} for r in archive.runs if r['run'] in used}
     head = dict(experiment=check_name(archive.experiment), scale=archive.scale, protocol=str(archive.rows.protocol.iloc[0]),
-                seed=there['HQ', 'any'].seed, size=len(next(iter(clean.values()))), runs=facts)
+                seed=next(iter(there.values())).seed, size=len(next(iter(pictures.values()), ())), runs=facts)
     return (head | dict(degradations=content), pictures) if content else None
 
 # %% ../../nbs/tables/03_gallery.ipynb #73fea86d

@@ -6,8 +6,8 @@
 __all__ = ['CLAIM_COLUMNS', 'GALLERY_NOTE', 'ORDER', 'BEFORE', 'AFTER', 'element', 'wide', 'Cell', 'inline', 'cell_element',
            'sortable', 'split_section', 'slug', 'anchor', 'Record', 'read_record', 'known_values', 'read_number',
            'cells_of', 'short', 'safe', 'runs_behind', 'said', 'run_element', 'runs_page', 'tile_element',
-           'compare_element', 'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts', 'result_files',
-           'section_parts', 'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
+           'compare_element', 'ranking', 'gallery_element', 'gallery_parts', 'Experiment', 'experiments', 'facts',
+           'result_files', 'section_parts', 'figure_parts', 'experiment_page', 'verdicts', 'overview_page']
 
 # %% ../../nbs/tables/04_pages.ipynb #e18de40b
 import json
@@ -242,6 +242,12 @@ def compare_element(
               slider("slide", 50, "how much of the left picture is shown"), cls="box")
     return Div(box, Div(Fieldset(Legend("photograph"), *radios), choice("left"), choice("right"), *places, cls="choose"), cls="compare")
 
+def ranking(
+    entry:dict, # a degradation of gallery.json
+) -> str: # key of METRICS
+    "What the photographs are ranked by: the first measure that is there."
+    return next(m for m in QUALITY if entry["cases"][0]["tiles"][0].get(m) is not None)
+
 def gallery_element(
     entry:dict, # a degradation of gallery.json
     base:str, # folder of the tiles, as seen from the page
@@ -249,15 +255,16 @@ def gallery_element(
 ) -> str: # HTML
     "All pictures of a degradation."
     word, lines = entry["degradation"], [t["line"] for t in entry["cases"][0]["tiles"]]
+    unit = METRICS[ranking(entry)].unit
     head = Tr(Th("photograph", scope="col"), *(Th("LQ, input" if l == "input" else l, scope="col") for l in lines))
-    rows = [Tr(Th(B(c["case"]), Span(c["photo"]), Span(f"{number(c['gain'], 2, True)} dB"), scope="row"),
+    rows = [Tr(Th(B(c["case"]), Span(c["photo"]), Span(f"{number(c['gain'], 2, True)} {unit}".strip()), scope="row"),
                *(tile_element(t, c, word, base, runs) for t in c["tiles"]),
                data_case=c["case"], style=f"--x:{c['crop'][0]};--y:{c['crop'][1]}") for c in entry["cases"]]
     table = wide(Table(Thead(head), Tbody(*rows), cls="cases"), f"{word}: every method")
     return element(Div(compare_element(entry, base), Safe(table), cls="gallery"))
 
 # %% ../../nbs/tables/04_pages.ipynb #dc3da4ab
-GALLERY_NOTE = ("For each degradation the photographs of the test are ranked by the gain in PSNR of one method over the degraded input: "
+GALLERY_NOTE = ("For each degradation the photographs of the test are ranked by the gain in {measure} of one method over the input: "
                 "that of the first claim that has pictures. Shown are the best, the median and the worst. The crops are where the methods "
                 "differ most from each other. Every picture is {size}×{size} pixels, of seed {seed}, and the numbers are of that "
                 "one image.")
@@ -274,7 +281,8 @@ def gallery_parts(
     if lost := sorted(set(gallery["runs"]) - {r["run"] for r in e.archive.runs}):
         return [f"*not available*: the gallery is of run `{lost[0]}`, which is no longer kept; `daclip tables`, where the pictures are, "
                 "makes another."]
-    parts, pictured = [GALLERY_NOTE.format(**gallery)], {line for _, line in shown(gallery)}
+    measure, pictured = METRICS[ranking(gallery["degradations"][0])].label, {line for _, line in shown(gallery)}
+    parts = [GALLERY_NOTE.format(**gallery, measure=measure)]
     if lost := [n for n in dict.fromkeys(line_names(e.archive.rows)) if n not in pictured]:
         parts.append("No picture was kept of " + ", ".join(lost) + ".")
     for entry in gallery["degradations"]:
@@ -283,7 +291,8 @@ def gallery_parts(
     return parts
 
 # %% ../../nbs/tables/04_pages.ipynb #9e2d72b1
-ORDER = ("daclip_unified", "daclip_specific", "daclip_embeddings", "daclip_classification", "daclip_mixed", "daclip_loss", "sampling")
+ORDER = ("daclip_unified", "daclip_specific", "daclip_embeddings", "daclip_classification", "daclip_mixed", "wild_mixed", "wild_real",
+         "daclip_loss", "sampling")
 
 class Experiment(NamedTuple):
     "What the site needs to know of an experiment."
