@@ -135,13 +135,13 @@ def train(
     photos:Annotated[Path|None, typer.Option(help="folder of photographs, which are degraded as they are needed")]=None,
     pairs:Annotated[Path|None, typer.Option(help="folder with {train,val}/<degradation>/{LQ,GT}, in place of photographs")]=None,
     held_out:Annotated[Path|None, typer.Option(help="folder of photographs to validate on; default: every 25th of PHOTOS")]=None,
-    captions:Annotated[Path|None, typer.Option(help="for a DA-CLIP: CSV file,label beside photographs; for pairs the table "
+    captions:Annotated[Path|None, typer.Option(help="for a DA-CLIP, CLIP or prior: CSV file,label beside photographs; for pairs the table "
                                                     "filepath,title of DA-CLIP's authors")]=None,
     config:Annotated[str, typer.Option(help="a configuration's name, or a YAML file")]="sampling-miniature",
     steps:Annotated[int|None, typer.Option(help="steps in place of the configuration's", min=1)]=None,
     about:Annotated[str, typer.Option(help="what the photographs are and their terms, for the model card")]="not stated",
 ):
-    "Train a restorer or a DA-CLIP on photographs or pairs, resumably."
+    "Train a restorer, a DA-CLIP, a CLIP or a prior on photographs or pairs, resumably."
     from daclip_repro.base_clip import BASE_CONFIGS, train_base_clip
     from daclip_repro.controller_training import CONTROLLER_CONFIGS, ControllerConfig, train_controller
     from daclip_repro.diff_restorer.decoder import DECODER_CONFIGS, DecoderConfig, train_decoder
@@ -158,7 +158,9 @@ def train(
     elif isinstance(chosen, ControllerConfig): made = train_controller(source, out, chosen, name, captions if pairs else None, **more)
     elif isinstance(chosen, DecoderConfig): made = train_decoder(source, out, chosen, name, **more)
     elif held_out: raise ValueError(f"train: {name} holds out photographs of its own: leave --held-out away")
-    elif pairs: raise ValueError(f"train: {name} learns from labelled photographs: give --photos and --captions")
+    elif pairs:
+        labelled, and_captions = ('', '') if isinstance(chosen, AutoencoderConfig) else ('labelled ', ' and --captions')
+        raise ValueError(f"train: {name} learns from {labelled}photographs: give --photos{and_captions}")
     elif isinstance(chosen, AutoencoderConfig|PriorConfig): made = train_prior(source, out, chosen, name, about=about)
     else: made = train_base_clip(source, out, chosen, name, about=about)
     typer.echo(made)

@@ -70,6 +70,8 @@ MALFORMED = {
     "train: neither photographs nor pairs": ({}, "train --out o", "--photos or --pairs"),
     "train: photographs and pairs": ({}, "train --out o --photos photos --pairs photos", "one of the two"),
     "train: pairs for a CLIP": ({}, "train --out o --pairs photos --config clip-miniature", "labelled photographs"),
+    "train: pairs for a prior": ({}, "train --out o --pairs photos --config prior-miniature", "photographs: give --photos and --captions"),
+    "train: pairs for an autoencoder": ({}, "train --out o --pairs photos --config autoencoder-miniature", "photographs: give --photos"),
     "train: a DA-CLIP without captions":
         ({"c.yaml": "base: daclip-miniature\ncontent: caption"}, "train --out o --photos photos --config c.yaml", "has no caption"),
     "train: photographs to hold out of pairs": ({}, "train --out o --pairs photos --held-out photos", "their own folder val"),
