@@ -406,9 +406,17 @@ def test_wrong_command_is_one_sentence_and_changes_nothing(files, line, names, h
 
 
 def test_weights_that_must_be_told_say_so(here, capsys):
-    assert main(["restore", "photos", "--out", "out"]) == 2
+    assert main(["restore", "photos", "--out", "out", "--weights", "sampling-miniature"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "--degradation" in err and "rainy" in err and not Path("out").exists()
+
+
+def test_weights_follow_from_what_is_told(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr("daclip_repro.restore.load_weights", lambda source, device="cpu": asked.append(source) or Recorder())
+    for told in ([], ["--degradation", "noisy"], ["--weights", "mine"]):
+        main(["restore", "photos/a.png", "--out", f"out{len(asked)}", "--device", "cpu", *told])
+    assert asked == ["wild-miniature", "sampling-miniature", "mine"]
 
 
 def test_real_command(here):

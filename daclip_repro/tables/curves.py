@@ -16,17 +16,21 @@ from .figures import method_look, save, styled
 
 # %% ../../nbs/tables/02e_learning_curves.ipynb #8db4b7b3
 LOOKS = {'loss': 'loss', 'gain': 'gain over the input in PSNR (dB)', 'accuracy': 'share of degradations recognised',
-         'closer': 'closer to the clean photograph', 'place': 'median place of the right label', 'top20': 'right label among the first 20'}
+         'closer': 'closer to the clean photograph', 'place': 'median place of the right label', 'top20': 'right label among the first 20',
+         'psnr': 'PSNR of what comes back (dB)', 'held_out': 'loss on held-out photographs',
+         'clean': 'PSNR of clean photographs (dB)', 'degraded': 'PSNR of clean ones, degraded ones looked at (dB)'}
 
 # %% ../../nbs/tables/02e_learning_curves.ipynb #222d4fd2
 def read_log(
     path, # CSV file that a training wrote
-) -> pd.DataFrame: # with numbers in all columns
+) -> pd.DataFrame: # step, loss, what was looked at, learning rate and seconds, as far as they are there
     "The log of a training, checked."
     wanted = f"expected a CSV file with columns step, loss and any of {', '.join(list(LOOKS)[1:])}"
-    try: log = pd.read_csv(path).apply(pd.to_numeric)
+    try:
+        table = pd.read_csv(path)
+        log = table[[c for c in table if c in ('step', 'lr', 'seconds', *LOOKS)]].apply(pd.to_numeric)
     except (ValueError, UnicodeDecodeError): raise ValueError(f'{path}: not a log of a training; {wanted}') from None
-    if not {'step', 'loss'} <= set(log): raise ValueError(f'{path}: has the columns {", ".join(log)}; {wanted}')
+    if not {'step', 'loss'} <= set(log): raise ValueError(f'{path}: has the columns {", ".join(table)}; {wanted}')
     return log
 
 # %% ../../nbs/tables/02e_learning_curves.ipynb #20bf9417
