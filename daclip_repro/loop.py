@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAINS', 'LoopConfig', 'make_config', 'load_config', 'OnDisk', 'to_bytes', 'Pairs', 'refuse_pairs', 'maybe_gray',
-           'draw_pair', 'step_rng', 'deal_words', 'learning_rate', 'plain', 'processes', 'moving_average', 'Trainer',
-           'LiveCurve']
+           'draw_pair', 'step_rng', 'deal_words', 'pairs_to_watch', 'learning_rate', 'plain', 'processes',
+           'moving_average', 'Trainer', 'LiveCurve']
 
 # %% ../nbs/06b_loop.ipynb #66f7aa5f
 import json
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .degradations import DEGRADATIONS, degrade
-from .photos import PairFolder, Photo, atomic, random_crop
+from .photos import PairFolder, Photo, atomic, fit_square, random_crop
 from .wild import SMALLEST, WILD_COMBINATIONS, to_gray, wild
 
 # %% ../nbs/06b_loop.ipynb #508c382d
@@ -212,6 +212,21 @@ def deal_words(
     if config.chain == 'wild': return [''] * config.batch
     words = config.degradations
     return [words[i] for _ in range(0, config.batch, len(words)) for i in torch.randperm(len(words), generator=rng)][:config.batch]
+
+# %% ../nbs/06b_loop.ipynb #244cb247
+def pairs_to_watch(
+    held_out:Sequence[Tensor]|Pairs, # uint8, 3×H×W; or pairs
+    config:LoopConfig,
+    each:int=2, # of each degradation
+) -> tuple[Tensor, Tensor]: # hq, lq: B×3×patch×patch
+    "Squares of held-out photographs, each beside its degraded twin, for each degradation in turn."
+    words = [w for w in config.words for _ in range(each)]
+    if isinstance(held_out, Pairs):
+        own = [held_out.by_word[w][i % len(held_out.by_word[w])] for i, w in enumerate(words)]
+        return torch.stack([fit_square(both.float() / 255, config.patch) for both in own]).split(3, dim=1)
+    hq = torch.stack([fit_square(held_out[i % len(held_out)].float() / 255, config.patch) for i in range(len(words))])
+    if config.chain == 'wild': return hq, wild(hq)[0]
+    return hq, torch.stack([degrade(x, w, seed=i) for i, (x, w) in enumerate(zip(hq, words))])
 
 # %% ../nbs/06b_loop.ipynb #33599986
 def learning_rate(

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from . import posterior
 from .baselines import REGRESSORS
-from .degradations import degrade
 from .irsde import IRSDE, image_noise
-from .loop import LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config, plain, refuse_pairs, step_rng, to_bytes
-from .photos import Photo, atomic, fit_square, split_photos
+from .loop import LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config
+from .loop import pairs_to_watch, plain, refuse_pairs, step_rng, to_bytes
+from .photos import Photo, atomic, split_photos
 from .unet import ConditionalUNet, load_official, read_header, zero_last
-from .wild import wild
 
 if TYPE_CHECKING: from daclip_repro.controller import DACLIP, Embeddings
 
@@ -268,12 +267,7 @@ def validator(
 ) -> Callable: # for `Trainer.fit(watch=…)`
     "Gain (dB, PSNR) over the degraded input on held-out photographs."
     words = [w for w in config.words for _ in range(each)]
-    if isinstance(held_out, Pairs):
-        own = [held_out.by_word[w][i % len(held_out.by_word[w])] for i, w in enumerate(words)]
-        hq, lq = torch.stack([fit_square(both.float() / 255, config.patch) for both in own]).split(3, dim=1)
-    else:
-        hq = torch.stack([fit_square(held_out[i % len(held_out)].float() / 255, config.patch) for i in range(len(words))])
-        lq = wild(hq)[0] if config.chain == 'wild' else torch.stack([degrade(x, w, seed=i) for i, (x, w) in enumerate(zip(hq, words))])
+    hq, lq = pairs_to_watch(held_out, config, each)
     def decibels(x): return -10 * (x - hq).square().mean((1, 2, 3)).log10().mean().item()
     def watch(trainer):
         if trainer.step % every: return {}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'PERCEPTUAL', 'DECODER_CONFIGS', 'encode', 'RDB', 'DegradationDecoder', 'perceptual', 'PatchDiscriminator',
            'hinge_loss', 'balance', 'DecoderConfig', 'load_vae', 'make_decoder', 'degradation_embedding', 'reconstruct',
-           'DecoderTrainer', 'watch_terms', 'pairs_to_watch', 'decoder_validator', 'save_decoder', 'load_decoder',
-           'decoder_card', 'train_decoder']
+           'DecoderTrainer', 'watch_terms', 'decoder_validator', 'save_decoder', 'load_decoder', 'decoder_card',
+           'train_decoder']
 
 # %% ../../nbs/diff_restorer/02_decoder.ipynb #57f192ab
 import copy, json
@@ -24,14 +24,12 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from ..controller import load_daclip
-from ..degradations import degrade
-from ..loop import (LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config, plain, refuse_pairs, step_rng,
-                               to_bytes)
+from ..loop import LoopConfig, Pairs, Trainer, deal_words, draw_pair, make_config
+from ..loop import pairs_to_watch, plain, refuse_pairs, step_rng, to_bytes
 from ..metrics import LPIPS, STLPIPS, psnr, reachable
-from ..photos import Photo, atomic, fit_square, split_photos
+from ..photos import Photo, atomic, split_photos
 from ..prior import load_autoencoder, packaged_priors, prior_file
 from ..unet import fit_weights, read_header
-from ..wild import wild
 
 # %% ../../nbs/diff_restorer/02_decoder.ipynb #d64fae4d
 def encode(
@@ -306,20 +304,6 @@ def watch_terms(trainer:DecoderTrainer) -> dict:
     return ({} if trainer.perceptual else dict(perceptual='left out')) | means
 
 # %% ../../nbs/diff_restorer/02_decoder.ipynb #8c9983d6
-def pairs_to_watch(
-    held_out:Sequence[Tensor]|Pairs, # uint8, 3×H×W; or pairs
-    config:DecoderConfig,
-    each:int=2, # of each degradation
-) -> tuple[Tensor, Tensor]: # hq, lq: B×3×patch×patch
-    "A pair or more of each degradation."
-    words = [w for w in config.words for _ in range(each)]
-    if isinstance(held_out, Pairs):
-        own = [held_out.by_word[w][i % len(held_out.by_word[w])] for i, w in enumerate(words)]
-        return torch.stack([fit_square(both.float() / 255, config.patch) for both in own]).split(3, dim=1)
-    hq = torch.stack([fit_square(held_out[i % len(held_out)].float() / 255, config.patch) for i in range(len(words))])
-    if config.chain == 'wild': return hq, wild(hq)[0]
-    return hq, torch.stack([degrade(x, w, seed=i) for i, (x, w) in enumerate(zip(hq, words))])
-
 def decoder_validator(
     held_out:Sequence[Tensor]|Pairs, # as for `pairs_to_watch`
     config:DecoderConfig,
